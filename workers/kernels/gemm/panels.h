@@ -80,8 +80,10 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
             finish(panel, c, 0, rows);
             continue;
         }
-        for (long k = 0, slice; k < k_tiles; k += slice) {
-            slice = by_group ? group_slice(k, k_tiles, weight.group) : std::min(kSlice, k_tiles - k);
+        for (long k = 0, slice, left = 0; k < k_tiles; k += slice, left -= slice) {
+            const bool starts = left == 0;  // a group
+            if (starts) left = std::min(by_group ? tiles_of_group(weight) : k_tiles, k_tiles - k);
+            slice = std::min(kSlice, left);
             for (long s = 0; s < (two ? 2 : 1); ++s) {
                 const Tiles tiles{2 * panel + s, k_tiles, k, slice};
                 (by_group ? decode.codes : decode.weights)(memory.unpacked + s * kSlice * kTile, weight, tiles);
@@ -95,7 +97,7 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
                     const bf16* from = a + first * k_tiles * kDepth + k * kTile + part * kStrip;
                     Operands some{from, count, b0 + skipped, two ? b1 + skipped : nullptr, slice, strip, k + part > 0};
                     if (by_group) some.scales = &scales, some.lines = kStrip / parts;
-                    if (sums) some.sums = sums + group * rows + first;
+                    if (sums && starts) some.sums = sums + group * rows + first;
                     use.block(c + first * kBlock, some, part == 0 ? ahead : Ahead{nullptr, 0});
                     if (part == 0) ahead.at += slice * ahead.lines * long(kLine);
                     if (k + slice == k_tiles && part + 1 == parts) finish(panel, c + first * kBlock, first, count);

@@ -81,11 +81,8 @@ inline bool scales_sums(const Weights& weights, int path) {
 // Parts of a tile that have scales of their own.
 inline long parts_of_tile(const Weights& weights) { return weights.group == kStrip ? 2 : 1; }
 
-// Tiles from tile k on that share a scale, at most a slice; one where a tile has two.
-inline long group_slice(long k, long k_tiles, long group) {
-    const long end = (k * kDepth / group + 1) * group / kDepth;
-    return std::max(1L, std::min({kSlice, k_tiles - k, end - k}));
-}
+// Tiles that share a scale; one where a tile has two.
+inline long tiles_of_group(const Weights& weights) { return std::max(1L, weights.group / kDepth); }
 
 // Sums of the values of rows in every group: out[group * rows + row].
 void sum_groups(float* out, const bf16* a, long rows, long k_tiles, long group);

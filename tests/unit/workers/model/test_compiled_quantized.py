@@ -26,6 +26,8 @@ LAYOUTS = [
     ("int4", 64, torch.uint8, torch.float16),
     ("int4", 32, torch.float16, torch.float16),
     ("int4", 16, torch.uint8, torch.float32),
+    ("int4", 512, torch.uint8, torch.float16),  # more than a slice of K
+    ("int4", 4096, torch.float16, torch.float16),
     ("int8", 32, None, torch.float16),
     ("int8", 4096, None, torch.float32),
     ("int8", 128, torch.int8, torch.bfloat16),

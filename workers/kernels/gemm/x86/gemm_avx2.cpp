@@ -17,23 +17,6 @@ LR_AVX2 inline __m256 scaled(__m256 sum, const float* scale, const float* zero, 
     return _mm256_fmadd_ps(_mm256_load_ps(scale), sum, c ? _mm256_loadu_ps(c) : _mm256_setzero_ps());
 }
 
-// Up to 4 rows of a slice in float32: of each tile the 16 even inputs, then the 16 odd ones.
-struct alignas(32) Wide {
-    float rows[4][kSlice * kDepth];
-};
-
-template <int Rows> LR_AVX2 inline void widen_rows(Wide& out, const bf16* a, long k_tiles) {
-    for (long k = 0; k < k_tiles; ++k, a += kTile) {
-        UNROLL for (int r = 0; r < Rows; ++r) {
-            UNROLL for (int v = 0; v < 2; ++v) {
-                const __m256i pairs = load(a + r * kDepth + v * kStrip);
-                _mm256_store_ps(out.rows[r] + k * kDepth + 8 * v, low(pairs));
-                _mm256_store_ps(out.rows[r] + k * kDepth + kStrip + 8 * v, high(pairs));
-            }
-        }
-    }
-}
-
 // Rows from `row` on, wide, times `Strips` strips of 16 outputs from `strip` on.
 template <int Rows, int Strips>
 LR_AVX2 void some_rows(float* c, const Wide& a, const Operands& o, long row, long strip, Ahead ahead) {
@@ -77,7 +60,7 @@ LR_AVX2 void some_rows(float* c, const Wide& a, const Operands& o, long row, lon
 
 template <int Rows> LR_AVX2 void by_strips(float* c, const bf16* a, const Operands& o, long row, Ahead ahead) {
     Wide wide;
-    widen_rows<Rows>(wide, a, o.k_tiles);
+    widen_rows<Rows>(wide, a, o.k_tiles, kOnes);
     if (Rows <= 2 && o.b1) return some_rows<Rows, 2>(c, wide, o, row, 0, ahead);
     some_rows<Rows, 1>(c, wide, o, row, 0, ahead);
     if (o.b1) some_rows<Rows, 1>(c, wide, o, row, 1, {nullptr, 0});

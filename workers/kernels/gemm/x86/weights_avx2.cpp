@@ -9,44 +9,44 @@
 namespace longreach::gemm {
 namespace {
 
-// ---- lines of codes as float32: the even and the odd inputs of 16 outputs, each times `kUnit` of the kind
+// ---- lines of codes as float32, of 16 outputs
 
+// The even and the odd inputs of a line, times a power of two that depends on the kind of codes. Outputs 4 to 7 and 8 to
+// 11 have changed places where `kCrossed`: so 16 bits are widened within the halves of a register.
 struct Line {
     __m256 even[2], odd[2];
 };
 
-// What a value in a `Line` must be multiplied by. Outputs 4 to 7 and 8 to 11 of a line have changed places where
-// `kCrossed`: so 16 bits are widened within the halves of a register.
-template <int kind> constexpr float kUnit = kind == kInt4 ? 1.0f : kind == kInt8 ? 0x1p-24f : 0x1p8f;
-template <int kind> constexpr bool kCrossed = kind != kFloat8;
+template <int kind> constexpr float kUnit = kind == kInt8 ? 0x1p24f : 0x1p-8f;
+template <int kind> constexpr bool kCrossed = kind == kInt8;
 
-struct Tables {
-    __m256i upper, lower;  // bytes of the bfloat16 of a 4-bit code less 8
+// 4-bit codes of two lines are bits 0, 4, 8 and 12 of a word an output: the even inputs of both, then the odd ones. Each
+// becomes the low bits of 2^23, where they stand, without a shift; so the rows are divided by these units.
+constexpr Units kInt4Units{{1.0f, 0x1p-4f}, {0x1p-8f, 0x1p-12f}};
+
+// For bits 0, 8, 4 and 12: masks, and what the unit of 2^23 and the 8 of a code amount to.
+struct alignas(32) Int4Constants {
+    std::uint32_t masks[4][8];
+    float zeros[4][8];
 };
-
-LR_AVX2 inline Tables tables() {
-    alignas(32) std::uint8_t upper[32], lower[32];
-    for (int i = 0; i < 32; ++i) {
-        const float value = float(i % 16 - 8);
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        upper[i] = std::uint8_t(bits >> 24);
-        lower[i] = std::uint8_t(bits >> 16);
+constexpr int kInt4Bits[4] = {0, 8, 4, 12};
+constexpr Int4Constants int4_constants() {
+    Int4Constants made{};
+    for (int i = 0; i < 4; ++i) {
+        for (int lane = 0; lane < 8; ++lane) {
+            made.masks[i][lane] = 0x4b000000u | 15u << kInt4Bits[i];
+            made.zeros[i][lane] = 0x1p23f + float(8 << kInt4Bits[i]);
+        }
     }
-    return {load(upper), load(lower)};
+    return made;
 }
+constexpr Int4Constants kInt4Constants = int4_constants();
 
-// 4-bit codes, a byte each, as pairs of bfloat16.
-LR_AVX2 inline void int4_pairs(__m256i codes, const Tables& t, __m256i& left, __m256i& right) {
-    const __m256i upper = _mm256_shuffle_epi8(t.upper, codes), lower = _mm256_shuffle_epi8(t.lower, codes);
-    left = _mm256_unpacklo_epi8(lower, upper);
-    right = _mm256_unpackhi_epi8(lower, upper);
-}
-
-LR_AVX2 inline Line int4_line(__m256i codes, const Tables& t) {
-    __m256i left, right;
-    int4_pairs(codes, t, left, right);
-    return {{low(left), low(right)}, {high(left), high(right)}};
+LR_AVX2 inline __m256i int4_words(const char* at) {  // of eight outputs
+    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    words = _mm256_or_si256(words, _mm256_set1_epi32(0x4b000000));
+    __asm__("" : "+x"(words));  // else the compiler repeats it after each mask
+    return words;
 }
 
 LR_AVX2 inline __m256 int8_values(__m256i upper_bytes, bool right) {  // words whose lower bytes are 0
@@ -75,19 +75,8 @@ LR_AVX2 inline Line float8_line(__m256i pairs) {
             {_mm256_cvtph_ps(_mm256_castsi256_si128(odd)), _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1))}};
 }
 
-// Two lines of codes: 32 bytes for 4 bits, 64 for 8.
-template <int kind> LR_AVX2 inline void two_lines(const char* at, const Tables& t, Line& a, Line& b) {
-    if (kind == kInt4) {
-        const __m256i both = load(at), mask = _mm256_set1_epi8(15);
-        a = int4_line(_mm256_and_si256(both, mask), t);
-        b = int4_line(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), t);
-    } else if (kind == kInt8) {
-        a = int8_line(load(at));
-        b = int8_line(load(at + 32));
-    } else {
-        a = float8_line(load(at));
-        b = float8_line(load(at + 32));
-    }
+template <int kind> LR_AVX2 inline Line line_of(const char* at) {
+    return kind == kInt8 ? int8_line(load(at)) : float8_line(load(at));
 }
 
 // Both vectors of a strip in the order of its outputs.
@@ -136,9 +125,9 @@ LR_AVX2 void scales(GroupScales& out, const Weights& from, long strip, bool two,
 
 // ---- strips of tiles
 
-// Two lines as pairs of bfloat16, which is exact.
+// A line as pairs of bfloat16, which is exact.
 template <int kind> LR_AVX2 inline void store_line(bf16* out, Line line) {
-    const __m256 unit = _mm256_set1_ps(kUnit<kind>);
+    const __m256 unit = _mm256_set1_ps(1.0f / kUnit<kind>);
     in_order<kind>(line.even[0], line.even[1]);
     in_order<kind>(line.odd[0], line.odd[1]);
     for (int v = 0; v < 2; ++v) {
@@ -151,12 +140,31 @@ template <int kind> LR_AVX2 inline void store_line(bf16* out, Line line) {
 }
 
 template <int kind> LR_AVX2 inline void unpack_codes(bf16* out, const char* at, long tiles) {
-    const Tables table = tables();
-    for (long pair = 0; pair < tiles * kStrip / 2; ++pair, out += 2 * kDepth, at += kind == kInt4 ? 32 : 64) {
-        Line a, b;
-        two_lines<kind>(at, table, a, b);
-        store_line<kind>(out, a);
-        store_line<kind>(out + kDepth, b);
+    for (long line = 0; line < tiles * kStrip; ++line, out += kDepth, at += kDepth) {
+        store_line<kind>(out, line_of<kind>(at));
+    }
+}
+
+// Bytes of the bfloat16 of a 4-bit code less 8, twice: the upper ones, or the lower ones.
+LR_AVX2 inline __m256i int4_bytes(int shift) {
+    alignas(32) std::uint8_t bytes[32];
+    for (int i = 0; i < 32; ++i) bytes[i] = std::uint8_t(bits_of(float(i % 16 - 8)) >> shift);
+    return load(bytes);
+}
+
+LR_AVX2 inline void unpack_int4(bf16* out, const char* at, long tiles) {
+    const __m256i upper = int4_bytes(24), lower = int4_bytes(16), mask = _mm256_set1_epi8(15);
+    for (long pair = 0; pair < tiles * kStrip / 2; ++pair, at += 32) {
+        const __m256i both = load(at);
+        for (int line = 0; line < 2; ++line, out += kDepth) {
+            const __m256i codes = _mm256_and_si256(line ? _mm256_srli_epi16(both, 4) : both, mask);
+            const __m256i high_bytes = _mm256_shuffle_epi8(upper, codes), low_bytes = _mm256_shuffle_epi8(lower, codes);
+            const __m256i left = _mm256_unpacklo_epi8(low_bytes, high_bytes);
+            const __m256i right = _mm256_unpackhi_epi8(low_bytes, high_bytes);
+            auto* to = reinterpret_cast<__m256i*>(out);
+            _mm256_storeu_si256(to, _mm256_permute2x128_si256(left, right, 0x20));
+            _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(left, right, 0x31));
+        }
     }
 }
 
@@ -166,7 +174,7 @@ LR_AVX2 inline const char* tiles_at(const Weights& from, const Tiles& tiles) {
 
 LR_AVX2 void codes(bf16* out, const Weights& from, const Tiles& tiles) {
     const char* at = tiles_at(from, tiles);
-    if (from.kind == kInt4) return unpack_codes<kInt4>(out, at, tiles.count);
+    if (from.kind == kInt4) return unpack_int4(out, at, tiles.count);
     return from.kind == kInt8 ? unpack_codes<kInt8>(out, at, tiles.count) : unpack_codes<kFloat8>(out, at, tiles.count);
 }
 
@@ -192,72 +200,117 @@ LR_AVX2 void weights(bf16* out, const Weights& from, const Tiles& tiles) {
 
 // ---- a few rows, without a copy of the codes
 
+// The tiles of one group, or the lines from `first` on, `lines` of them, of a tile that has several.
+struct Group {
+    const char* at;  // codes
+    long bytes;      // from a strip of codes to the next
+    long tiles, first, lines;
+};
+
+template <int Rows, int Strips> using Sums = __m256[Rows][2 * Strips];
+
+// Lines i and i + 1 of every strip.
+template <int Rows, int Strips> LR_AVX2 inline void add_int4(Sums<Rows, Strips>& sum, const char* at, long bytes,
+                                                             const Wide& a, long i, const Int4Constants* constants) {
+    __m256i words[2 * Strips];
+    UNROLL for (int v = 0; v < 2 * Strips; ++v) words[v] = int4_words(at + v / 2 * bytes + v % 2 * 16);
+    UNROLL for (int part = 0; part < 4; ++part) {
+        const __m256i mask = load(constants->masks[part]);
+        const __m256 zero = _mm256_load_ps(constants->zeros[part]);
+        const long place = i + part / 2 + part % 2 * kStrip;
+        UNROLL for (int v = 0; v < 2 * Strips; ++v) {
+            const __m256 codes = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_and_si256(words[v], mask)), zero);
+            UNROLL for (int r = 0; r < Rows; ++r) {
+                sum[r][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(a.rows[r] + place), codes, sum[r][v]);
+            }
+        }
+    }
+}
+
+template <int kind, int Rows, int Strips>
+LR_AVX2 inline void add_lines(Sums<Rows, Strips>& sum, const char* at, long bytes, const Wide& a, long i) {
+    UNROLL for (int s = 0; s < Strips; ++s) {
+        UNROLL for (int l = 0; l < 2; ++l) {
+            const Line codes = line_of<kind>(at + s * bytes + 32 * l);
+            UNROLL for (int r = 0; r < Rows; ++r) {
+                const __m256 even = _mm256_broadcast_ss(a.rows[r] + i + l);
+                const __m256 odd = _mm256_broadcast_ss(a.rows[r] + i + l + kStrip);
+                UNROLL for (int v = 0; v < 2; ++v) {
+                    __m256& to = sum[r][2 * s + v];
+                    to = _mm256_fmadd_ps(even, codes.even[v], to);
+                    to = _mm256_fmadd_ps(odd, codes.odd[v], to);
+                }
+            }
+        }
+    }
+}
+
+// Sums of products of codes; not inlined, so that nothing else asks for registers.
+template <int kind, int Rows, int Strips>
+LR_AVX2 __attribute__((noinline)) void group_sums(Sums<Rows, Strips>& out, const Wide& a, Group group, Ahead& ahead) {
+    Sums<Rows, Strips> sum;
+    UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int v = 0; v < 2 * Strips; ++v) sum[r][v] = _mm256_setzero_ps();
+    }
+    const char* at = group.at;
+    const Int4Constants* constants = &kInt4Constants;
+    for (long tile = 0; tile < group.tiles; ++tile) {
+        const long first = tile * kDepth + group.first;
+        for (long i = first; i < first + group.lines; i += 2, at += kind == kInt4 ? 32 : 64) {
+            __asm__("" : "+r"(constants));  // else they take the registers of the sums
+            if (kind == kInt4)
+                add_int4<Rows, Strips>(sum, at, group.bytes, a, i, constants);
+            else
+                add_lines<kind, Rows, Strips>(sum, at, group.bytes, a, i);
+        }
+        for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
+    }
+    UNROLL for (int r = 0; r < Rows; ++r) { UNROLL for (int v = 0; v < 2 * Strips; ++v) out[r][v] = sum[r][v]; }
+}
+
 // The products of one group, moved by its zero point, scaled and added; both vectors of a strip.
 template <int kind> LR_AVX2 inline void add_group(__m256* total, __m256 left, __m256 right, const Weights& from,
                                                   long index, const float* inputs) {
     in_order<kind>(left, right);
-    __m256 part[2] = {left, right};
-    for (int v = 0; v < 2; ++v) {
-        if (kUnit<kind> != 1.0f) part[v] = _mm256_mul_ps(part[v], _mm256_set1_ps(kUnit<kind>));
-        if (inputs) part[v] = _mm256_fnmadd_ps(zero_of(from, index + 8 * v), _mm256_broadcast_ss(inputs), part[v]);
-        total[v] = _mm256_fmadd_ps(scale_of(from, index + 8 * v), part[v], total[v]);
+    const __m256 part[2] = {left, right};
+    UNROLL for (int v = 0; v < 2; ++v) {
+        __m256 value = part[v];
+        if (kind != kInt4) value = _mm256_mul_ps(value, _mm256_set1_ps(1.0f / kUnit<kind>));
+        if (inputs) value = _mm256_fnmadd_ps(zero_of(from, index + 8 * v), _mm256_broadcast_ss(inputs), value);
+        total[v] = _mm256_fmadd_ps(scale_of(from, index + 8 * v), value, total[v]);
     }
 }
 
 // Strips from `strip` of the panel on.
 template <int kind, int Rows, int Strips>
 LR_AVX2 void rows_of(float* c, const bf16* a, const FewRows& o, long strip, Ahead ahead) {
-    const Tables table = tables();
     const Weights& from = o.weights;
     const long k_tiles = o.tiles.k_tiles, groups = from.groups(k_tiles * kDepth), bytes = from.bytes(k_tiles * kTile);
     const char* at = tiles_at(from, o.tiles) + strip * bytes;
-    __m256 total[Rows][2 * Strips], sum[Rows][2 * Strips];
-    UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < 2 * Strips; ++v) total[r][v] = _mm256_setzero_ps();
-    }
+    Sums<Rows, Strips> total = {}, sum;
     const long parts = parts_of_tile(from), lines = kStrip / parts;
-    for (long k = 0, slice; k < k_tiles; k += slice, a += slice * kTile) {
-        slice = group_slice(k, k_tiles, from.group);
+    Ahead none{nullptr, 0};
+    Wide wide;
+    for (long k = 0, slice, left = 0, next = 0; k < k_tiles; k += slice, left -= slice, a += slice * kTile) {
+        const bool starts = left == 0;  // a group
+        if (starts) left = std::min(tiles_of_group(from), k_tiles - k), next += parts;
+        slice = std::min(kSlice, left);
+        widen_rows<Rows>(wide, a, slice, kind == kInt4 ? kInt4Units : kOnes);
         for (long part = 0; part < parts; ++part) {
-            const long group = (k * kDepth + part * kStrip) / from.group;
-            UNROLL for (int r = 0; r < Rows; ++r) {
-                UNROLL for (int v = 0; v < 2 * Strips; ++v) sum[r][v] = _mm256_setzero_ps();
-            }
-            for (long tile = 0; tile < slice; ++tile) {
-                const auto* pairs = reinterpret_cast<const std::int32_t*>(a + tile * kTile) + part * lines;
-                for (long line = 0; line < lines; line += 2, at += kind == kInt4 ? 32 : 64) {
-                    UNROLL for (int s = 0; s < Strips; ++s) {
-                        Line both[2];
-                        two_lines<kind>(at + s * bytes, table, both[0], both[1]);
-                        UNROLL for (int l = 0; l < 2; ++l) {
-                            UNROLL for (int r = 0; r < Rows; ++r) {
-                                const __m256i pair = _mm256_set1_epi32(pairs[r * kStrip + line + l]);
-                                const __m256 even = low(pair), odd = high(pair);
-                                UNROLL for (int v = 0; v < 2; ++v) {
-                                    __m256& to = sum[r][2 * s + v];
-                                    to = _mm256_fmadd_ps(even, both[l].even[v], to);
-                                    to = _mm256_fmadd_ps(odd, both[l].odd[v], to);
-                                }
-                            }
-                        }
-                    }
-                }
-                for (long i = 0; part == 0 && i < ahead.lines; ++i, ahead.at += kLine) {
-                    __builtin_prefetch(ahead.at, 0, 2);
-                }
-            }
-            UNROLL for (int s = 0; s < Strips; ++s) {
+            group_sums<kind, Rows, Strips>(sum, wide, {at, bytes, slice, part * lines, lines}, part ? none : ahead);
+            at += from.bytes(slice * lines * kDepth);
+            const long group = next - parts + part;
+            for (int s = 0; s < Strips; ++s) {
                 const long index = ((o.tiles.strip + strip + s) * groups + group) * kStrip;
-                UNROLL for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
-                    const float* inputs = o.sums ? o.sums + group * o.rows + (r < o.rows ? r : 0) : nullptr;
+                for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
+                    const float* inputs = o.sums && starts ? o.sums + group * o.rows + (r < o.rows ? r : 0) : nullptr;
                     add_group<kind>(total[r] + 2 * s, sum[r][2 * s], sum[r][2 * s + 1], from, index, inputs);
                 }
             }
         }
     }
-    UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < 2 * Strips; ++v)
-            _mm256_storeu_ps(c + r * kBlock + strip * kStrip + 8 * v, total[r][v]);
+    for (int r = 0; r < Rows; ++r) {
+        for (int v = 0; v < 2 * Strips; ++v) _mm256_storeu_ps(c + r * kBlock + strip * kStrip + 8 * v, total[r][v]);
     }
 }
 

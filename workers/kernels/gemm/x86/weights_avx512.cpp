@@ -177,10 +177,12 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
     __m512 total[Rows][Strips], sum[Rows][Strips];
     UNROLL for (int r = 0; r < Rows; ++r) { UNROLL for (int s = 0; s < Strips; ++s) total[r][s] = _mm512_setzero_ps(); }
     const long parts = parts_of_tile(from), lines = kStrip / parts;
-    for (long k = 0, slice; k < k_tiles; k += slice, a += slice * kTile) {
-        slice = group_slice(k, k_tiles, from.group);
+    for (long k = 0, slice, left = 0, next = 0; k < k_tiles; k += slice, left -= slice, a += slice * kTile) {
+        const bool starts = left == 0;  // a group
+        if (starts) left = std::min(tiles_of_group(from), k_tiles - k), next += parts;
+        slice = std::min(kSlice, left);
         for (long part = 0; part < parts; ++part) {
-            const long group = (k * kDepth + part * kStrip) / from.group;
+            const long group = next - parts + part;
             UNROLL for (int r = 0; r < Rows; ++r) {
                 UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = _mm512_setzero_ps();
             }
@@ -204,7 +206,7 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
             UNROLL for (int s = 0; s < Strips; ++s) {
                 const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
                 const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
-                const float* sums = o.sums ? o.sums + group * o.rows : nullptr;
+                const float* sums = o.sums && starts ? o.sums + group * o.rows : nullptr;
                 UNROLL for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
                     const __m512 moved_sum = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
                     total[r][s] = _mm512_fmadd_ps(scale, moved_sum, total[r][s]);
