@@ -27,10 +27,12 @@ from cluster.bench.load import measure_load
 from cluster.bench.planning.commands import PLANNING_COMMANDS
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.bench.soak import draw_soak, measure_soak
+from cluster.bench.speed.neighbours import KINDS, Kind, measure_neighbours
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
+_MOST_NEIGHBOURS = 64
 _OUT = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file.")
 
 
@@ -197,8 +199,41 @@ def load(model: Path, chunk: int, clients: int, jobs: int, rounds: int) -> dict[
     return {"what": "memory and descriptors under load", "chunk": chunk} | result
 
 
+def _counts(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) <= _MOST_NEIGHBOURS for word in words):
+        raise click.BadParameter(f"{text}: must be whole numbers from 0 to {_MOST_NEIGHBOURS}, such as 0,1,2,4")
+    return [int(word) for word in words]
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
+
+
+@_measurement
+@click.option("--length", default="4K", callback=_count, help="Prompt tokens.")
+@click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
+@click.option("--counts", default="0,1,2,4", callback=_counts, help="Numbers of busy processes; the first is 1.0.")
+@click.option("--kind", type=click.Choice(KINDS), default="loop", help="What they do; `pinned`: each on one core.")
+@click.option("--repeats", default=3, help="Prefills of each in turns behind a median.")
+def neighbours(
+    model: Path, chunk: int, length: int, threads: int, counts: list[int], kind: Kind, repeats: int
+) -> dict[str, Any]:
+    """Prefill through the service and in the bare runner beside busy processes on the same cores."""
+    seeds = iter(range(1, 1 << 20))
+    with (
+        running_head(model, chunk, threads) as (client, _),
+        _bare_runner(model, length, chunk, threads) as bare,
+    ):
+        rates = {
+            "served": lambda: length / serve(client, length, 2, next(seeds)).first_token_s,
+            "bare": lambda: length / bare("prefill"),
+        }
+        for rate in rates.values():
+            rate()
+        rows = measure_neighbours(rates, counts, kind, repeats, _say)
+    what = "prefill beside busy processes"
+    return {"what": what, "length": length, "chunk": chunk, "threads": threads, "kind": kind, "rows": rows}
 
 
 @main.command()
