@@ -14,6 +14,7 @@ is aborted so that the device goes on, and `check`, which comes before anything 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -24,29 +25,30 @@ import torch.distributed as dist
 
 from workers.transport.completion import poll
 from workers.transport.frames import DTYPES, Header
-from workers.transport.groups import abort, limit, make_group
+from workers.transport.groups import abort, make_group
 from workers.transport.link import DEPTH, Inbox, LinkClosed, Sender, check_due
 
 
 class Transfer:
     """A tensor on its way."""
 
-    def __init__(self, tensor: torch.Tensor, work: Any, done: torch.cuda.Event | None) -> None:
-        """Args: `done` is recorded behind the transfer on a GPU; on a CPU `work` waits for it."""
+    def __init__(self, tensor: torch.Tensor, timeout_s: float, work: Any, done: torch.cuda.Event | None) -> None:
+        """Args: `done` is recorded behind the transfer on a GPU; on a CPU `work` waits for it; neither: it has come."""
         self._tensor = tensor
+        self._timeout_s = timeout_s
         self._work = work
         self._done = done
 
     def settle(self) -> None:
         """Wait until the device knows what to wait for; on a CPU until the bytes are there. Raises RuntimeError."""
         if self._done is None and self._work is not None:
-            self._work.wait()
+            self._work.wait(datetime.timedelta(seconds=self._timeout_s))
 
-    def finish(self, timeout_s: float, check: Callable[[], object]) -> None:
+    def finish(self, check: Callable[[], object] = lambda: None) -> None:
         """Wait until the bytes have left or come. Raises RuntimeError: they have not; also what `check` raises."""
         self.settle()
         if self._done is not None:
-            poll(self._done.query, timeout_s, check)
+            poll(self._done.query, self._timeout_s, check)
 
     def use(self) -> torch.Tensor:
         """Return the tensor, which the current stream waits for."""
@@ -75,14 +77,15 @@ class Pair:
         """
         self.device = device
         self._peer = 1 - rank
+        self._timeout_s = meeting_s
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._closing = threading.Lock()
         try:
             self._group: Any = make_group(store, rank, 2, device, meeting_s)
             # NCCL connects its members with the first transfer: now, and not in the first step.
             first = self.send(torch.zeros(1, device=device)) if rank == 0 else self.receive((1,), torch.float32)
-            first.finish(meeting_s, lambda: None)
-            limit(self._group, timeout_s)
+            first.finish()
+            self._timeout_s = timeout_s
         except RuntimeError as error:
             raise LinkClosed(f"the two ends of a link did not meet: {error}") from error
 
@@ -111,13 +114,13 @@ class Pair:
         if group is None:
             raise LinkClosed("the link was closed")
         if not tensor.numel():
-            return Transfer(tensor, None, None)
+            return Transfer(tensor, self._timeout_s, None, None)
         with self._on_stream():
             work = call(group)
             if self._stream is None:
-                return Transfer(tensor, work, None)
+                return Transfer(tensor, self._timeout_s, work, None)
             work.wait()  # has the stream wait, not this thread
-            return Transfer(tensor, work, self._stream.record_event())
+            return Transfer(tensor, self._timeout_s, work, self._stream.record_event())
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -127,7 +130,7 @@ class DeviceSender:
     """The sending end, with the methods of `Sender`."""
 
     def __init__(self, control: Sender, pair: Pair, timeout_s: float, depth: int = DEPTH) -> None:
-        """Args: `control` announces; `timeout_s` limits how long a transfer may take, and the wait for room."""
+        """Args: `control` announces; `timeout_s` limits the wait for room."""
         self._control = control
         self._pair = pair
         self._timeout_s = timeout_s
@@ -168,7 +171,7 @@ class DeviceSender:
         """Make room when a transfer has ended."""
         for transfer in iter(self._under_way.get, None):
             try:
-                transfer.finish(self._timeout_s, self._check_open)
+                transfer.finish(self._check_open)
             except RuntimeError as error:
                 self.close(f"link to the next stage broke: {error}")
             self._room.release()

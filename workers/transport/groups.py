@@ -27,7 +27,7 @@ def make_group(store: dist.Store, rank: int, size: int, device: torch.device, ti
     """Return a process group with the backend of `device`; blocks until all `size` members have come.
 
     Args:
-        timeout_s: limit for the rendezvous; with gloo also for every later operation, see `limit`.
+        timeout_s: limit for the rendezvous; with gloo also for every later reduction, see `limit`.
 
     Raises:
         RuntimeError: a member did not come in time, or there is no NCCL.
@@ -50,7 +50,7 @@ def make_group(store: dist.Store, rank: int, size: int, device: torch.device, ti
 
 
 def limit(group: Any, timeout_s: float) -> None:
-    """Set the time limit of operations that begin from now on."""
+    """Set the time limit of reductions that begin from now on; a receive has its own where it is waited for."""
     group._set_default_timeout(datetime.timedelta(seconds=timeout_s))
 
 
