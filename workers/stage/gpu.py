@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 def use_gpu(index: int) -> torch.device:
@@ -32,8 +33,8 @@ def use_gpu(index: int) -> torch.device:
 
 
 def gpu_id(device: torch.device) -> str:
-    """Return what a GPU is called everywhere on its machine; empty for a CPU."""
-    if device.type != "cuda":
+    """Return what a GPU is called everywhere on its machine; empty for a CPU, or if GPUs cannot reach each other."""
+    if device.type != "cuda" or not dist.is_nccl_available():
         return ""
     return str(torch.cuda.get_device_properties(device).uuid)
 

@@ -78,10 +78,17 @@ def test_the_argument_chooses_the_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "near_cores", lambda address: frozenset({4096} if address == ADDRESS else {0}))
     assert use_gpu(1) == torch.device("cuda", 1)
     assert used == [torch.device("cuda", 1)]
-    assert gpu_id(torch.device("cuda", 1)) == "GPU-1"
-    assert gpu_id(torch.device("cpu")) == ""
     with pytest.raises(ValueError, match="gpu: 2: must be below 2, the number of GPUs that this process sees"):
         use_gpu(2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="gpu: 0: there is no GPU that this process sees"):
         use_gpu(0)
+
+
+def test_a_gpu_has_a_name_where_others_can_reach_it(monkeypatch: pytest.MonkeyPatch):
+    """Without NCCL hidden states go over the host."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    for has_nccl in (True, False):
+        monkeypatch.setattr(gpu.dist, "is_nccl_available", lambda has_nccl=has_nccl: has_nccl)
+        assert gpu_id(torch.device("cuda", 1)) == ("GPU-1" if has_nccl else "")
+        assert gpu_id(torch.device("cpu")) == ""
