@@ -73,6 +73,7 @@ class StageWorker:
         self._stepper: Stepper | None = None
         self._tracer: Tracer | None = None  # where results are to say when a step was computed
         self._weights: ShardWeights | None = None
+        self._collectives = Collectives()
         self._plans: PlanQueue | None = None  # of the run
         self._error = ""
         self.is_broken = False  # it failed by itself, not because a neighbour is gone
@@ -120,7 +121,7 @@ class StageWorker:
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
         self._meeting_s = request.group_timeout_s
-        self._collectives: Collectives = join_group(
+        self._collectives = join_group(
             self._meeting(request.store_path), self._shard.rank, self._shard.num_ranks, self._device,
             self._meeting_s,
         )  # fmt: skip
@@ -190,8 +191,7 @@ class StageWorker:
         if self._plans is not None:
             self._plans.end()
         self._close_links("stages are being replaced")
-        if self._weights is not None:
-            self._collectives.abort("stages are being replaced")
+        self._collectives.abort("stages are being replaced")
 
     def relink(self, request: pb.StartRequest) -> None:
         """Forget every sequence, meet the other shards of the stage again, and listen for the previous stage.

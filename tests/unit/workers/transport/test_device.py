@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -227,3 +227,50 @@ def test_what_links_do_not_carry_is_refused(link: Link):
 def test_an_end_alone_is_an_error():
     with pytest.raises(LinkClosed, match="the two ends of a link did not meet"):
         Pair(dist.HashStore(), 0, CPU, 0.2, 1.0)
+
+
+# --- where a receive is only queued, as on a GPU ---------------------------------------------------------------------
+
+
+class FakePair:
+    """Two GPUs whose transfers end when nobody looks."""
+
+    device = torch.device("cuda")
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> FakePair:
+        self.tensor = torch.zeros(tuple(shape), dtype=dtype)
+        return self
+
+    def settle(self) -> None:
+        pass
+
+    def use(self) -> torch.Tensor:
+        return self.tensor
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("ends_by", ["the sender", "this end"])
+def test_a_link_that_breaks_after_take_is_noticed_at_the_check(ends_by: str):
+    """The device may have gone on with what was there before."""
+    control, pair = Inbox("activations"), FakePair()
+    assert control.entry is not None
+    sender, inbox = Sender(control.entry), DeviceInbox(control, pair)  # type: ignore[arg-type]
+    sender.announce(1, torch.ones(3))
+    assert inbox.take(1, 5.0, (3,), torch.float32) is pair.tensor
+    inbox.check()
+    if ends_by == "the sender":
+        sender.close()
+        reason = "the previous stage is gone: it ended the link"
+        with pytest.raises(LinkClosed, match=reason):
+            inbox.take(2, 5.0, (3,), torch.float32)
+    else:
+        reason = "stages are being replaced"
+        inbox.close(reason)
+    assert pair.closed, "so that the device does not wait"
+    with pytest.raises(LinkClosed, match=reason):
+        inbox.check()
