@@ -21,6 +21,7 @@ GLOO: Any = dist.ProcessGroupGloo
 # Read when a group is made. 0: an error that NCCL reports neither aborts the group nor ends the process. Without the
 # monitor, which ends a process whose thread about NCCL is stuck for some minutes, as in a long abort.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME", "lo"  # all members are on one node, and NCCL's sockets know no token
 
 
 def make_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
@@ -38,6 +39,7 @@ def make_group(store: dist.Store, rank: int, size: int, device: torch.device, ti
         if not dist.is_nccl_available():
             raise RuntimeError("this build of torch has no NCCL: shards and stages on GPUs need it")
         os.environ.update(NCCL_SETTINGS)
+        os.environ.setdefault(*NCCL_INTERFACE)
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         group = dist.ProcessGroupNCCL(store, rank, size, nccl)

@@ -75,14 +75,20 @@ def test_nccl_is_told_not_to_end_the_process(monkeypatch: pytest.MonkeyPatch):
             pass
 
         def __init__(self, *args: object) -> None:
-            seen.append({name: os.environ.get(name) for name in NCCL_SETTINGS})
+            seen.append({name: os.environ.get(name) for name in (*NCCL_SETTINGS, "NCCL_SOCKET_IFNAME")})
 
     for name in NCCL_SETTINGS:
         monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(groups.dist, "is_nccl_available", lambda: True)
     make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
-    assert seen == [{"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}]
+    ours = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    assert seen == [ours | {"NCCL_SOCKET_IFNAME": "lo"}]
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
+    assert seen[1:] == [ours | {"NCCL_SOCKET_IFNAME": "eth0"}], "the operator's choice stays"
     monkeypatch.setattr(groups.dist, "is_nccl_available", lambda: False)
     with pytest.raises(RuntimeError, match="this build of torch has no NCCL"):
         make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
