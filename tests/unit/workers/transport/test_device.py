@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.unit.workers.transport.test_link import Background
+from workers.transport import device as device_module
 from workers.transport.device import DeviceInbox, DeviceSender, Pair
 from workers.transport.frames import split
 from workers.transport.link import DEPTH, Inbox, LinkClosed, Sender
@@ -274,3 +277,86 @@ def test_a_link_that_breaks_after_take_is_noticed_at_the_check(ends_by: str):
     assert pair.closed, "so that the device does not wait"
     with pytest.raises(LinkClosed, match=reason):
         inbox.check()
+
+
+class FakeGpu:
+    """Streams that note what is queued on them and in which order; tensors are on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.stream = "compute"
+        fake = SimpleNamespace(
+            Stream=lambda device: FakeStream(self, "link"),
+            current_stream=lambda device: FakeStream(self, self.stream),
+            stream=self.on,
+        )
+        monkeypatch.setattr(torch, "cuda", fake)
+        monkeypatch.setattr(device_module, "make_group", lambda *args: self)
+        monkeypatch.setattr(device_module, "abort", lambda group, device: self.log.append("abort"))
+        empty, zeros = torch.empty, torch.zeros
+        monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
+        monkeypatch.setattr(torch, "zeros", lambda shape, device: zeros(shape))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.note("used on", stream.name))
+
+    def note(self, *words: str) -> None:
+        self.log.append(" ".join(words))
+
+    @contextlib.contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        before, self.stream = self.stream, stream.name
+        yield
+        self.stream = before
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> FakeGpu:
+        self.note("send on", self.stream)
+        return self
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> FakeGpu:
+        self.note("receive on", self.stream)
+        return self
+
+    def wait(self) -> None:
+        self.note(self.stream, "waits for the transfer")
+
+
+class FakeStream:
+    def __init__(self, gpu: FakeGpu, name: str) -> None:
+        self.gpu, self.name = gpu, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.gpu.note(self.name, "waits for", other.name)
+
+    def record_event(self) -> FakeEvent:
+        self.gpu.note("event on", self.name)
+        return FakeEvent()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.gpu.note(self.name, "waits for the event")
+
+
+class FakeEvent:
+    def query(self) -> bool:
+        return True
+
+
+def test_transfers_have_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """A send comes after what computes its tensor; a receive waits for nothing, and only its user for it."""
+    gpu = FakeGpu(monkeypatch)
+    pair = Pair(dist.HashStore(), 0, torch.device("cuda"), 1.0, 1.0)
+    gpu.log.clear()
+    pair.send(torch.ones(3)).finish()
+    assert gpu.log == [
+        "link waits for compute", "send on link", "link waits for the transfer", "event on link",
+    ]  # fmt: skip
+    gpu.log.clear()
+    transfer = pair.receive((3,), torch.float32)
+    transfer.settle()
+    assert gpu.log == ["receive on link", "link waits for the transfer", "event on link"]
+    gpu.log.clear()
+    assert transfer.use().shape == (3,)
+    assert gpu.log == ["compute waits for the event", "used on compute"]
+    pair.close()
+    pair.close()
+    assert gpu.log[2:] == ["abort"]
+    with pytest.raises(LinkClosed, match="the link was closed"):
+        pair.send(torch.ones(3))
