@@ -28,6 +28,8 @@ from workers.transport.frames import DTYPES, Header
 from workers.transport.groups import abort, make_group
 from workers.transport.link import DEPTH, Inbox, LinkClosed, Sender, check_due
 
+_LEAVE_S = 1.0
+
 
 class Transfer:
     """A tensor on its way."""
@@ -138,7 +140,8 @@ class DeviceSender:
         self._reason = ""
         self._room = threading.Semaphore(depth)
         self._under_way: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
-        threading.Thread(target=self._finish, name="device link", daemon=True).start()
+        self._thread = threading.Thread(target=self._finish, name="device link", daemon=True)
+        self._thread.start()
 
     def send(self, step: int, tensor: torch.Tensor) -> None:
         """Begin to send the tensor of a step, which must not change any more; waits while the link is full.
@@ -166,6 +169,7 @@ class DeviceSender:
         self._pair.close()
         self._room.release(self._depth)
         self._under_way.put(None)
+        _leave(self._thread)
 
     def _finish(self) -> None:
         """Make room when a transfer has ended."""
@@ -192,7 +196,8 @@ class DeviceInbox:
         self._reason = ""
         self._room = threading.Semaphore(depth)
         self._posted: queue.SimpleQueue[tuple[Header, Transfer] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._post, name="device link", daemon=True).start()
+        self._thread = threading.Thread(target=self._post, name="device link", daemon=True)
+        self._thread.start()
 
     @property
     def entry(self) -> object:
@@ -236,6 +241,7 @@ class DeviceInbox:
         self._room.release(self._depth)
         self._inbox.close(reason)
         self._posted.put(None)
+        _leave(self._thread)
 
     def _post(self) -> None:
         """Post a receive for every announcement."""
@@ -250,3 +256,9 @@ class DeviceInbox:
             self.close(str(error))
         except Exception as error:  # noqa: BLE001 - memory too, whatever it is, the step must learn of it
             self.close(f"{self._content}: {error}")
+
+
+def _leave(thread: threading.Thread) -> None:
+    """Wait a moment until a thread of a closed link has ended: at the end of a process it must not be inside torch."""
+    if thread is not threading.current_thread():
+        thread.join(_LEAVE_S)

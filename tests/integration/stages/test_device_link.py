@@ -78,6 +78,15 @@ def test_a_killed_stage_is_an_error_and_can_be_replaced(stages: Stages, stage: i
     assert [tuple(submit(engine, spec).wait(60).token_ids) for spec in SPECS] == expected
 
 
+def test_processes_end_in_order(stages: Stages):
+    run_pipeline(stages, 2, direct=True)
+    assert stages.engine is not None
+    stages.engine.close()
+    for handle in stages.handles:
+        handle.close()
+    assert [process.wait(20) for process in stages.processes] == [0, 0]
+
+
 def test_a_neighbour_that_does_not_come_is_one_line(stages: Stages):
     """The other stage is not started: the group of both is not formed within the ten seconds of the test rig."""
     stages.spawn()
