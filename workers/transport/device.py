@@ -28,7 +28,7 @@ from workers.transport.frames import DTYPES, Header
 from workers.transport.groups import abort, make_group
 from workers.transport.link import DEPTH, Inbox, LinkClosed, Sender, check_due
 
-_LEAVE_S = 1.0
+_LEAVE_S = 1.0  # for the thread of a link that was closed
 
 
 class Transfer:
@@ -82,13 +82,15 @@ class Pair:
         self._timeout_s = meeting_s
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._closing = threading.Lock()
+        self._group: Any = None
         try:
-            self._group: Any = make_group(store, rank, 2, device, meeting_s)
+            self._group = make_group(store, rank, 2, device, meeting_s)
             # NCCL connects its members with the first transfer: now, and not in the first step.
             first = self.send(torch.zeros(1, device=device)) if rank == 0 else self.receive((1,), torch.float32)
             first.finish()
             self._timeout_s = timeout_s
         except RuntimeError as error:
+            self.close()
             raise LinkClosed(f"the two ends of a link did not meet: {error}") from error
 
     def send(self, tensor: torch.Tensor) -> Transfer:

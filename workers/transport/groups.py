@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 GLOO: Any = dist.ProcessGroupGloo
-# Read when a group is made. 0: an error that NCCL reports neither aborts the group nor ends the process. Without the
-# monitor, which ends a process whose thread about NCCL is stuck for some minutes, as in a long abort.
-NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+# Read when a group is made.
+NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # an error that NCCL reports neither aborts a group nor ends the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # else a thread that is stuck, as in a long abort, ends the process
+    "TORCH_NCCL_BLOCKING_WAIT": "0",  # `wait` has the stream wait, not the thread
+}
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME", "lo"  # all members are on one node, and NCCL's sockets know no token
 
 

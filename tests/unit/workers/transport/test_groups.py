@@ -84,7 +84,8 @@ def test_nccl_is_told_not_to_end_the_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(groups.dist, "is_nccl_available", lambda: True)
     make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
-    ours = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    ours = dict.fromkeys(NCCL_SETTINGS, "0")
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" in ours
     assert seen == [ours | {"NCCL_SOCKET_IFNAME": "lo"}]
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
