@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from protos.node.environment import version_of
+from workers.attention.flash import compute_family
 from workers.kernels.build import best_path, kernel_family, load
 
 
 def torch_facts() -> dict[str, Any]:
     """Return versions, threads, CPU features as torch sees them, CUDA devices and communication libraries."""
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    nccl = dist.is_available() and dist.is_nccl_available()
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -29,12 +31,27 @@ def torch_facts() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda_build": torch.version.cuda,
         "gloo": dist.is_available() and dist.is_gloo_available(),
-        "nccl": dist.is_available() and dist.is_nccl_available(),
-        "devices": [
-            {"name": each.name, "capability": f"{each.major}.{each.minor}", "memory_bytes": each.total_memory}
-            for each in devices
-        ],
+        "nccl": nccl,
+        "nccl_version": _nccl_version() if nccl else None,
+        "triton": version_of("triton"),
+        "devices": [_device_facts(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _device_facts(index: int) -> dict[str, Any]:
+    """Return what a GPU is; `kernels` names those that compute attention there, for bfloat16 and heads of 128."""
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "kernels": compute_family(torch.device("cuda", index), torch.bfloat16, 128),
+    }
+
+
+def _nccl_version() -> str:
+    version = torch.cuda.nccl.version()
+    return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
 
 
 def kernel_facts() -> dict[str, Any]:

@@ -19,10 +19,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.common.errors import PlacementError, StageError
@@ -30,6 +29,7 @@ from cluster.common.text_format import one_line
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype, weight_bytes
 from cluster.stages.handle import GrpcStageHandle
+from cluster.stages.links import links_of
 from cluster.stages.preflight import check_head, count_pages
 from cluster.stages.ray_cluster import RayCluster
 from cluster.stages.socket_dirs import RunDir, make_run_dir
@@ -87,6 +87,7 @@ class Launcher:
         self._actors: list[list[Any]] = []
         self._shards: dict[tuple[int, int], GrpcStageHandle] = {}  # by stage and rank
         self._addresses: dict[tuple[int, int], StageAddress] = {}
+        self._gpus: dict[tuple[int, int], str] = {}  # identifiers; empty: on a CPU
         self._run_dir: RunDir | None = None
         self._token = ""
         self._authority: LaunchAuthority | None = None  # signs certificates of processes that listen beyond their node
@@ -260,6 +261,7 @@ class Launcher:
             if isinstance(update, BaseException):
                 raise update
             latest[index] = update
+            self._gpus[shards[index].stage, shards[index].rank] = update.gpu
             self._on_status(LaunchStatus("loading weights", loaded_bytes(sizes, latest), sum(sizes)))
         return latest
 
@@ -291,7 +293,7 @@ class Launcher:
         kv_store_path = str(self._deployment.kv_store_path or "")
 
         def start(handle: GrpcStageHandle) -> None:
-            links = links_of(handle.shard, self._addresses, run_dir, self._epoch)
+            links = links_of(handle.shard, self._addresses, self._gpus, run_dir, self._epoch)
             request = pb.StartRequest(
                 num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
                 epoch=self._epoch, store_path=self._meeting(handle.shard),
@@ -327,27 +329,6 @@ def broken_stages(shards: Sequence[GrpcStageHandle], timeout_s: float = _PROBE_T
     with ThreadPoolExecutor(len(shards)) as threads:
         answers = list(threads.map(is_broken, shards))
     return frozenset(handle.shard.stage for handle, broken in zip(shards, answers, strict=True) if broken)
-
-
-def links_of(
-    shard: ShardSpec, addresses: Mapping[tuple[int, int], StageAddress], run_dir: Path, epoch: int
-) -> dict[str, str]:
-    """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
-
-    Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
-    which every node has; others are linked over gRPC with TLS. `addresses` are those of all shards by stage and rank.
-    """
-    if shard.num_stages == 1:
-        return {}
-
-    def socket(stage: int) -> str:
-        """Return the path of the socket between a stage and the one after it; empty if they are on two nodes."""
-        same_node = addresses[stage, shard.rank].node == addresses[(stage + 1) % shard.num_stages, shard.rank].node
-        return str(run_dir / f"link{stage}r{shard.rank}e{epoch}.sock") if same_node else ""
-
-    before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
-    links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
-    return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
 
 
 def loaded_bytes(sizes: Sequence[int], latest: Sequence[LoadProgress]) -> int:

@@ -280,12 +280,22 @@ def check_gpu() -> Check:
 
 
 def check_cuda_build(facts: Mapping[str, Any]) -> Check:
-    """Report whether torch can use the GPU that nvidia-smi shows."""
-    devices = [f"{device['name']} (compute {device['capability']})" for device in facts.get("devices", [])]
-    if devices:
-        return Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}")
-    build = facts.get("cuda_build") or "none"
-    return Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it")
+    """Report whether torch can use the GPU that nvidia-smi shows, with which libraries and kernels; what is slow."""
+    build, devices = facts.get("cuda_build") or "none", facts.get("devices", [])
+    if not devices:
+        return Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it")
+    triton, nccl = facts.get("triton"), facts.get("nccl_version")
+    found = ", ".join(
+        f"{device['name']} (compute {device['capability']}, kernels {device['kernels']})" for device in devices
+    )
+    oldest = min(tuple(map(int, device["capability"].split("."))) for device in devices)
+    return judge(
+        "cuda", f"CUDA {build}, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {found}",
+        (oldest < (8, 0), "slow", "older than Ampere: bfloat16 is emulated, fused attention is not there"),
+        (not triton, "slow", "no Triton: sparse prefill is a loop on the host, hours for long prompts: install triton"),
+        (not nccl and len(devices) > 1, "slow", "no NCCL: a stage uses one GPU, stages exchange data over the host"),
+        (oldest < (9, 0), "slow", "older than Hopper: PyTorch multiplies experts one by one and waits for each layer"),
+    )  # fmt: skip
 
 
 def check_compiler() -> Check:

@@ -183,6 +183,7 @@ class LoadProgress:
     available_bytes: int = 0  # memory left on the device or host
     error: str = ""
     kernel_family: str = ""  # which kernels compute here: KV of another family differs in its last bits
+    gpu: str = ""  # identifier of the GPU the shard computes on; empty: on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ class StageProcessSpec:
     orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
     certificate: bytes = b""  # PEM, of the key of this process: the TCP port speaks TLS; empty: plain text
     authority: bytes = b""  # PEM, of the launch: whose certificates are accepted
+    gpu: int = 0  # index of its GPU among those that the process sees, which is one where Ray has started it
 
 
 @dataclass(frozen=True, slots=True)

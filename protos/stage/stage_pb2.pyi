@@ -59,7 +59,7 @@ class LoadRequest(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
-    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family")
+    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family", "gpu")
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class LoadProgress(_message.Message):
     AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     loaded_bytes: int
     total_bytes: int
     ready: bool
@@ -74,10 +75,11 @@ class LoadProgress(_message.Message):
     available_bytes: int
     error: str
     kernel_family: str
-    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
+    gpu: str
+    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ..., gpu: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace", "upstream_group", "downstream_group")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,8 @@ class StartRequest(_message.Message):
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_GROUP_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_GROUP_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     kv_dtype: str
@@ -100,7 +104,9 @@ class StartRequest(_message.Message):
     store_path: str
     kv_block_tokens: int
     trace: bool
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
+    upstream_group: str
+    downstream_group: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ..., trace: _Optional[bool] = ..., upstream_group: _Optional[str] = ..., downstream_group: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to measure (default: temporary files)")
     files.add_argument("--blocks", type=count, default=64, help="files of 512 tokens, 4 MiB each (default: 64)")
     links = verbs.add_parser(
-        "links", help="ms of hidden states between two processes: Unix socket, gRPC, gRPC with TLS"
+        "links", help="ms of hidden states between two processes: Unix socket, gRPC, gRPC with TLS, device to device"
     )
     links.add_argument("--hidden", type=length, default=2048, help="width of the hidden states (default: 2048)")
     links.add_argument("--chunk", type=length, default=4096, help="tokens of a chunk (default: 4K)")
@@ -180,7 +180,7 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
         from workers.bench.links import LinkSetup, measure_links  # needs gRPC, which a bare machine lacks
 
         repeats, chunk = (2, 64) if quick else (options.repeats or 20, options.chunk)
-        yield from measure_links(LinkSetup(options.hidden, chunk, dtype, repeats))
+        yield from measure_links(LinkSetup(options.hidden, chunk, dtype, repeats, device.type))
 
 
 def _facts(device: torch.device) -> dict[str, object]:

@@ -145,7 +145,8 @@ class StageServer(KvCalls):
         try:
             from workers.stage.worker import StageWorker  # imports torch, after the thread counts are set
 
-            worker = StageWorker(self._spec.token, self._spec.threads, self._spec.step_timeout_s, self._identity)
+            spec = self._spec
+            worker = StageWorker(spec.token, spec.threads, spec.step_timeout_s, self._identity, spec.gpu)
             done = worker.load(request, updates.put)
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer to the caller
             self._fail(error)
@@ -284,13 +285,18 @@ def main() -> None:
     parser.add_argument(
         "--orphan-timeout", type=float, default=180.0, help="seconds without an engine before it ends (default 180)"
     )
+    parser.add_argument(
+        "--gpu", type=int, default=0, help="index of its GPU among those that it sees, if it is to use one (default 0)"
+    )
     options = parser.parse_args()
     os.umask(0o077)  # whatever this process writes is private
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         parser.error(f"{TOKEN_VARIABLE}: not set: put the token of the launch into this environment variable")
     limit_threads(options.threads)
-    spec = StageProcessSpec(token, options.socket, threads=options.threads, orphan_timeout_s=options.orphan_timeout)
+    spec = StageProcessSpec(
+        token, options.socket, threads=options.threads, orphan_timeout_s=options.orphan_timeout, gpu=options.gpu
+    )
     server = StageServer(spec)
     print(server.start().unix, flush=True)
     server.wait()

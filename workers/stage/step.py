@@ -12,9 +12,13 @@ import torch
 from protos.stage.messages import StepPlan
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.stage.tracer import Tracer
-from workers.transport.link import Inbox, Sender
+from workers.transport.collectives import Collectives
+from workers.transport.completion import DeviceLate, wait_for_device
+from workers.transport.device import DeviceInbox, DeviceSender
+from workers.transport.link import Inbox, LinkClosed, Sender
 
 _NO_SEQUENCE = -1  # no plan has it
+_ABORT_S = 10.0  # a device that waits for nobody any more has ended its work after this
 
 
 def max_unread(num_stages: int) -> int:
@@ -31,15 +35,21 @@ class Stepper:
     """
 
     def __init__(
-        self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None, timeout_s: float,
-        tracer: Tracer | None = None,
+        self, runner: ModelRunner, inbox: Inbox | DeviceInbox | None, sender: Sender | DeviceSender | None,
+        timeout_s: float, tracer: Tracer | None = None, group: Collectives | None = None,
     ) -> None:  # fmt: skip
-        """Args: `inbox` and `sender` are None if there is one stage; `timeout_s` limits each wait."""
+        """
+        Args:
+            inbox, sender: None if there is one stage.
+            timeout_s: limits each wait, also that for the device.
+            group: of the shards of this stage.
+        """
         self._runner = runner
         self._tracer = tracer
         self._inbox = inbox
         self._sender = sender
         self._timeout_s = timeout_s
+        self._group = group or Collectives()
         self.is_computing = False  # inside a step, and not waiting for a neighbour
         self._unread: deque[tuple[int, list[int]]] = deque()  # steps whose tokens are not read, with their sequences
 
@@ -53,7 +63,7 @@ class Stepper:
 
         Raises:
             PlanMismatch, RuntimeError: see `ModelRunner`. GroupLost: another shard of this stage is gone.
-            LinkClosed: a neighbour is gone, or what is due did not come in time.
+            LinkClosed: a neighbour is gone, or what is due did not come in time. DeviceLate: the device hangs.
         """
         runner = self._runner
         began = time.perf_counter()
@@ -66,16 +76,33 @@ class Stepper:
         came = time.perf_counter()
         with self._computing():
             out = runner.compute(prepared, hidden, keep_logits)
-            if runner.device.type == "cuda":
-                torch.cuda.synchronize(runner.device)
+            self._finish(plan.step)
         ended = time.perf_counter()
         sent_bytes = 0 if self._sender is None else self._send(plan.step, out, self._sender)
         if self._tracer is not None:
             self._tracer.end_step(began, came, ended, sent_bytes)
         return out, (ended - began) - (came - waits)
 
+    def _finish(self, step: int) -> None:
+        """Wait until the device has computed the step from all that was to come to it. Raises as `step`."""
+        device = self._runner.device
+        try:
+            wait_for_device(device, self._timeout_s, self._check)
+        except DeviceLate as error:  # a kernel hangs, or waits for a neighbour or another shard: then this ends it
+            reason = f"step {step}: {error}"
+            if self._inbox is not None:
+                self._inbox.close(reason)
+            self._group.abort(reason)
+            wait_for_device(device, _ABORT_S)
+            raise LinkClosed(reason) from error
+
+    def _check(self) -> None:
+        self._group.check()
+        if self._inbox is not None:
+            self._inbox.check()
+
     @staticmethod
-    def _send(step: int, out: StepOutput, sender: Sender) -> int:
+    def _send(step: int, out: StepOutput, sender: Sender | DeviceSender) -> int:
         """Send hidden states or sampled tokens to the next stage; returns their bytes."""
         message = out.hidden
         if message is None:
@@ -102,9 +129,9 @@ class Stepper:
             self._read_tokens(plan, self._inbox)
             return None
         shape = plan.num_tokens, runner.hidden_size
-        return self._inbox.take(plan.step, self._timeout_s, shape, runner.dtype).to(runner.device)
+        return self._inbox.take(plan.step, self._timeout_s, shape, runner.dtype).to(runner.device, non_blocking=True)
 
-    def _read_tokens(self, plan: StepPlan, inbox: Inbox) -> None:
+    def _read_tokens(self, plan: StepPlan, inbox: Inbox | DeviceInbox) -> None:
         """Read the tokens the plan continues, and those of steps so old that they must have come."""
         without_ids = {part.sequence for part in plan.slices if not len(part.token_ids)}
         needed = max(

@@ -31,10 +31,12 @@ from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.runner.paced import PacedRunner, read_pace
+from workers.stage.gpu import gpu_id, use_gpu
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
 from workers.stage.tracer import Tracer
 from workers.transport.collectives import Collectives, GroupLost, join_group
+from workers.transport.device import DeviceInbox, DeviceSender, Pair
 from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -54,18 +56,24 @@ class StageWorker:
     with other neighbours. All but `unlink` and `note_late` are called on the thread that computes.
     """
 
-    def __init__(self, token: str, threads: int, step_timeout_s: float, identity: Identity | None = None) -> None:
+    def __init__(
+        self, token: str, threads: int, step_timeout_s: float, identity: Identity | None = None, gpu: int = 0
+    ) -> None:  # fmt: skip
+        """Args: `gpu` is the index of the GPU of this shard among those that this process sees."""
         self._token = token
+        self._gpu = gpu
         self._identity = identity
         self._step_timeout_s = step_timeout_s
         self.steps_done = 0
-        self.inbox: Inbox | None = None
-        self._sender: Sender | None = None
+        self.inbox: Inbox | DeviceInbox | None = None
+        self._sender: Sender | DeviceSender | None = None
+        self._pair: Pair | None = None  # with the next stage
         self._runner: ModelRunner | None = None
         self._kv: PagedKV | None = None
         self._stepper: Stepper | None = None
         self._tracer: Tracer | None = None  # where results are to say when a step was computed
         self._weights: ShardWeights | None = None
+        self._collectives = Collectives()
         self._plans: PlanQueue | None = None  # of the run
         self._error = ""
         self.is_broken = False  # it failed by itself, not because a neighbour is gone
@@ -102,8 +110,7 @@ class StageWorker:
         self._dtype = DTYPES[request.dtype]
         self._device = torch.device(request.device)
         if self._device.type == "cuda":
-            self._device = torch.device("cuda", self._shard.rank % torch.cuda.device_count())
-            torch.cuda.set_device(self._device)
+            self._device = use_gpu(self._gpu)
         before = anonymous_bytes()
         if request.load_format == "dummy":
             self._weights = dummy_shard(self._spec, self._shard, self._dtype, self._device)
@@ -113,19 +120,23 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        self._collectives: Collectives = join_group(
+        self._meeting_s = request.group_timeout_s
+        self._collectives = join_group(
             self._meeting(request.store_path), self._shard.rank, self._shard.num_ranks, self._device,
-            request.group_timeout_s,
+            self._meeting_s,
         )  # fmt: skip
         total = self._weights.num_bytes
         family = compute_family(self._device, self._dtype, self._spec.head_dim)
-        return LoadProgress(total, total, True, growth, self._available_bytes(), kernel_family=family)
+        return LoadProgress(
+            total, total, True, growth, self._available_bytes(), kernel_family=family, gpu=gpu_id(self._device)
+        )  # fmt: skip
 
     def start(self, request: pb.StartRequest) -> None:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
 
         Raises:
-            ValueError: the type of the KV cache is unknown, or there is no next stage.
+            ValueError: the type of the KV cache is unknown, or there is no next stage. LinkClosed: a neighbour that
+                tensors go to from device to device did not come.
         """
         assert self._weights is not None, "load comes first"
         kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
@@ -147,6 +158,7 @@ class StageWorker:
         if self._tracer is not None and self._shard.rank == 0:
             self._runner.decoder.on_experts = self._tracer.count_experts
         self._warm_up(request.page_size)
+        self._collectives.limit(self._step_timeout_s)
         self._listen(request)
 
     def open_kv_store(self, path: Path, block_tokens: int) -> tuple[BlockStore, BlockPages]:
@@ -179,6 +191,7 @@ class StageWorker:
         if self._plans is not None:
             self._plans.end()
         self._close_links("stages are being replaced")
+        self._collectives.abort("stages are being replaced")
 
     def relink(self, request: pb.StartRequest) -> None:
         """Forget every sequence, meet the other shards of the stage again, and listen for the previous stage.
@@ -192,7 +205,7 @@ class StageWorker:
         self._close_links("stages are being replaced")  # those that were made while `unlink` ran
         self._collectives.close()  # which wakes those that wait for this shard
         self._runner.reset()
-        self._stepper = self._sender = self.inbox = None
+        self._stepper = self._sender = self.inbox = self._pair = None
         if self._shard.num_ranks > 1:
             self._collectives.join(self._meeting(request.store_path))
         self._error = ""
@@ -202,8 +215,21 @@ class StageWorker:
         self.epoch = request.epoch
         self._links = request
         if request.downstream or request.downstream_socket:
-            names = ("tokens", "the last stage") if self._shard.is_first else ("activations", "the previous stage")
-            self.inbox = Inbox(*names, request.upstream_socket, request.epoch, self.note_late)
+            content, source = (
+                ("tokens", "the last stage") if self._shard.is_first else ("activations", "the previous stage")
+            )
+            pin = self._device.type == "cuda" and not request.upstream_group
+            inbox = Inbox(content, source, request.upstream_socket, request.epoch, self.note_late, pin)
+            self.inbox = inbox
+            if request.upstream_group:
+                self.inbox = DeviceInbox(inbox, self._meet(request.upstream_group, 1), content)
+        if request.downstream_group:
+            self._pair = self._meet(request.downstream_group, 0)
+
+    def _meet(self, path: str, rank: int) -> Pair:
+        """Meet a neighbour at a rendezvous file. Raises LinkClosed."""
+        store = torch.distributed.FileStore(path, 2)
+        return Pair(store, rank, self._device, self._meeting_s, self._step_timeout_s)
 
     def _meeting(self, path: str) -> torch.distributed.Store:
         return torch.distributed.FileStore(path, self._shard.num_ranks)
@@ -213,6 +239,8 @@ class StageWorker:
             self.inbox.close(reason)
         if self._sender is not None:
             self._sender.close(reason)
+        if self._pair is not None:
+            self._pair.close()
 
     def run(self, bursts: Iterable[Sequence[StepPlan]], epoch: int = 0) -> Iterator[list[StepResult]]:
         """Execute plans in order and yield their results, several at once while decode steps follow each other.
@@ -306,12 +334,18 @@ class StageWorker:
         # To the first stage: the oldest message has been read by then. It must never be waited for, or the ring would
         # stand still.
         depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
+        sender: Sender | None = None
         if self._links.downstream_socket:
-            self._sender = UnixSender(self._links.downstream_socket, depth, self.epoch)
+            sender = UnixSender(self._links.downstream_socket, depth, self.epoch)
         elif self._links.downstream:
             name = shard_name((self._shard.stage + 1) % self._shard.num_stages, self._shard.rank)
-            self._sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch, self._identity, name)
-        return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s, self._tracer)
+            sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch, self._identity, name)
+        self._sender = sender
+        if sender is not None and self._pair is not None:
+            self._sender = DeviceSender(sender, self._pair, self._step_timeout_s, depth)
+        return Stepper(
+            self._runner, self.inbox, self._sender, self._step_timeout_s, self._tracer, self._collectives
+        )  # fmt: skip
 
     def _warm_up(self, page_size: int) -> None:
         """Run one small step, so that the first real one does not pay for first-use initialisation."""

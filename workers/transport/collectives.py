@@ -1,20 +1,23 @@
 """Reductions among the shards of one stage.
 
 All shards of a stage run on one node. They form one group through a rendezvous file, and every operation has a time
-limit, so that a dead member is an error instead of a hang. A member whose step fails leaves, which is an error at once
-for those that wait for it; afterwards all of them meet again, in a group over another file.
+limit, so that a dead member is an error instead of a hang. Afterwards all of them meet again, in a group over another
+file.
+
+With gloo an operation waits for its result: a member that has left or died is an error at once for those that wait for
+it, one that is late at the limit. With NCCL an operation is only queued on the device, and nobody hears of a dead
+member: the error comes where the step waits for the device, at the limit, or as soon as `abort` is called, as it is
+when stages are being replaced. Either way it comes before anything that the step computed is used.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-GLOO: Any = dist.ProcessGroupGloo
+from workers.transport.groups import abort, limit, make_group
 
 
 class GroupLost(RuntimeError):
@@ -49,6 +52,15 @@ class Collectives:
             RuntimeError: a member did not join in time.
         """
 
+    def limit(self, timeout_s: float) -> None:
+        """Set the time limit of later reductions in seconds, in this group and in those that take its place."""
+
+    def check(self) -> None:
+        """Raise GroupLost if the group was aborted: what came of its reductions since is not to be used."""
+
+    def abort(self, reason: str) -> None:
+        """Break the group, so that a device that waits for its members goes on; called from any thread."""
+
     def close(self) -> None:
         """Leave the group; may be called twice."""
 
@@ -56,12 +68,14 @@ class Collectives:
 class GroupCollectives(Collectives):
     """gloo (CPU) or NCCL (CUDA) among the shards of a stage."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, timeout: datetime.timedelta) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+        """Args: `timeout_s` limits every meeting, and reductions until `limit` is called."""
         self.rank = rank
         self.size = size
         self._device = device
-        self._timeout = timeout
+        self._meeting_s = self._timeout_s = timeout_s
         self._group: Any = None
+        self._broken = ""  # why the group was aborted
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
@@ -81,18 +95,29 @@ class GroupCollectives(Collectives):
 
     def join(self, store: dist.Store) -> None:
         self.close()
-        store.set_timeout(self._timeout)
-        if self._device.type == "cuda":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = self._timeout
-            self._group = dist.ProcessGroupNCCL(store, self.rank, self.size, nccl)
-            return
-        options = GLOO._Options()
-        options._timeout = self._timeout
-        options._devices = [_loopback()]
-        self._group = GLOO(store, self.rank, self.size, options)
+        group = make_group(store, self.rank, self.size, self._device, self._meeting_s)
+        # NCCL connects its members with the first operation: now, and not in the first step.
+        group.allreduce([torch.zeros(1, device=self._device)]).wait()
+        limit(group, self._timeout_s)
+        self._broken, self._group = "", group
+
+    def limit(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        if self._group is not None:
+            limit(self._group, timeout_s)
+
+    def check(self) -> None:
+        if self._broken:
+            raise GroupLost(f"the group of the stage broke: {self._broken}")
+
+    def abort(self, reason: str) -> None:
+        group = self._group
+        if group is not None and self._device.type == "cuda" and not self._broken:
+            self._broken = reason  # before kernels return from it
+            abort(group, self._device)
 
     def close(self) -> None:
+        self.abort("this shard has left it")
         self._group = None
 
 
@@ -102,19 +127,13 @@ def join_group(store: dist.Store, rank: int, size: int, device: torch.device, ti
     Args:
         store: rendezvous shared by the shards, fresh for every launch.
         device: gloo on a CPU, NCCL on a GPU.
-        timeout_s: limit for the rendezvous and for every later reduction.
+        timeout_s: limit for the rendezvous and, until `limit` is called, for every reduction.
 
     Raises:
         RuntimeError: a member did not join in time.
     """
     if size == 1:
         return Collectives()
-    group = GroupCollectives(rank, size, device, datetime.timedelta(seconds=timeout_s))
+    group = GroupCollectives(rank, size, device, timeout_s)
     group.join(store)
     return group
-
-
-@functools.cache
-def _loopback() -> Any:
-    """Return one device for all groups of the process: each has a thread that polls every 10 ms, also when idle."""
-    return GLOO.create_device(hostname="127.0.0.1")

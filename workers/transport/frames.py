@@ -4,6 +4,8 @@ A tensor of one step is cut into `count` frames, sent in order. The receiver che
 what follows, and a checksum over both before anyone sees the tensor. No pickle. Whole frames of an earlier epoch, which
 a sender that was replaced may still send, are skipped wherever they come.
 
+A tensor that goes another way (`device.py`) is announced: by a header without payload, as that of a tensor in 0 frames.
+
 Header, little-endian: CRC-32 of all that follows it (uint32), payload bytes (uint32), step (uint64), index and count
 (uint32), type and number of dimensions (uint8), 2 unused bytes, epoch (uint32), shape of the whole tensor (4 x uint64).
 """
@@ -37,7 +39,7 @@ class Header:
 
     step: int
     index: int  # 0 .. count - 1
-    count: int  # frames of the tensor
+    count: int  # frames of the tensor; 0: it is only announced
     dtype: int  # index into DTYPES
     shape: tuple[int, ...]  # of the whole tensor
     size: int  # bytes of the payload
@@ -69,10 +71,7 @@ def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD, epoch
     Raises:
         ValueError: links do not carry its type.
     """
-    if tensor.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"dtype: {str(tensor.dtype).removeprefix('torch.')}: links carry {names}")
-    dtype, shape, data = DTYPES.index(tensor.dtype), tuple(tensor.shape), _bytes_of(tensor.detach().cpu())
+    dtype, shape, data = _number_of(tensor.dtype), tuple(tensor.shape), _bytes_of(_to_host(tensor.detach()))
     count = max(1, -(-len(data) // max_payload))
 
     def frame(index: int) -> bytes:
@@ -82,15 +81,35 @@ def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD, epoch
     return map(frame, range(count))
 
 
-def read_tensor(
+def announce(tensor: torch.Tensor, step: int, epoch: int = 0) -> bytes:
+    """Return the frame that announces a tensor. Raises ValueError as `split`."""
+    return Header(step, 0, 0, _number_of(tensor.dtype), tuple(tensor.shape), 0, epoch).pack(b"")
+
+
+def read_announcement(
     fill: Callable[[memoryview], object], epoch: int = 0, on_late: Callable[[], object] = lambda: None
-) -> tuple[int, torch.Tensor]:
+) -> Header:
+    """Read the frame that announces a tensor. Args and raises: as of `read_tensor`."""
+    data = memoryview(bytearray(HEADER_BYTES))
+    frame = _read_header(fill, data, epoch, on_late)
+    if frame.count or frame.index or frame.size:
+        raise FrameError(f"step {frame.step}: frame {frame.index} of {frame.count} where an announcement was due")
+    _check_sum(frame, data, memoryview(b""))
+    check_size(frame)
+    return frame
+
+
+def read_tensor(
+    fill: Callable[[memoryview], object], epoch: int = 0, on_late: Callable[[], object] = lambda: None,
+    pin: bool = False,
+) -> tuple[int, torch.Tensor]:  # fmt: skip
     """Read the frames of one tensor; returns its step and the tensor.
 
     Args:
         fill: reads as many bytes as there is room for in a buffer.
         epoch: of the receiver; frames of an earlier one are dropped.
         on_late: called for every frame that was dropped.
+        pin: put it into memory that a GPU copies from at full speed.
 
     Raises:
         FrameError: a frame does not continue the one before it, is damaged or of a later epoch, or the tensor would be
@@ -100,7 +119,7 @@ def read_tensor(
     frame = first = _read_header(fill, data, epoch, on_late)
     if frame.index:
         raise FrameError(f"step {frame.step}: frame {frame.index} where 0 was due")
-    tensor = _allocate(first)
+    tensor = _allocate(first, pin)
     room = _bytes_of(tensor)
     for index in range(first.count):
         if index:
@@ -147,8 +166,8 @@ def _check_continues(frame: Header, first: Header, index: int) -> None:
         raise FrameError(f"step {frame.step}: frame {frame.index} belongs to another tensor")
 
 
-def _allocate(first: Header) -> torch.Tensor:
-    """Return an empty tensor as its first frame describes it."""
+def check_size(first: Header) -> torch.dtype:
+    """Return the type of the tensor that its first frame describes. Raises FrameError: no such tensor is sent."""
     if first.dtype >= len(DTYPES):
         raise FrameError(f"step {first.step}: unknown dtype {first.dtype}")
     dtype = DTYPES[first.dtype]
@@ -156,9 +175,31 @@ def _allocate(first: Header) -> torch.Tensor:
     size = max(math.prod(first.shape) * dtype.itemsize, *first.shape, 0)
     if size > MAX_TENSOR or first.count > MAX_TENSOR // MAX_PAYLOAD + 1:
         raise FrameError(f"step {first.step}: shape {list(first.shape)} in {first.count} frames is too large")
+    return dtype
+
+
+def _allocate(first: Header, pin: bool) -> torch.Tensor:
+    """Return an empty tensor as its first frame describes it."""
+    dtype = check_size(first)
     if not first.count:
         raise FrameError(f"step {first.step}: a tensor in 0 frames: must be at least 1")
-    return torch.empty(first.shape, dtype=dtype)
+    return torch.empty(first.shape, dtype=dtype, pin_memory=pin)
+
+
+def _number_of(dtype: torch.dtype) -> int:
+    """Return the number of a type on the wire. Raises ValueError: it has none."""
+    if dtype not in DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ValueError(f"dtype: {str(dtype).removeprefix('torch.')}: links carry {names}")
+    return DTYPES.index(dtype)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in host memory; from a GPU in pinned memory, which torch keeps and reuses."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import torch
@@ -31,8 +32,9 @@ from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import call_metadata, explain_loss, open_channel
 from protos.stage.identity import Identity
-from workers.transport.frames import FrameError, read_tensor, split
+from workers.transport.frames import FrameError, Header, announce, read_announcement, read_tensor, split
 
+T = TypeVar("T")
 DEPTH = 4  # tensors that may be unwritten before the sender waits
 _PIECE = 2 * 1024 * 1024  # largest number of bytes of a stream in one gRPC message
 _HELLO = struct.Struct("<4sI")  # the first bytes on a Unix socket: a mark, and the epoch of who connects
@@ -61,9 +63,15 @@ class Sender:
         Raises:
             LinkClosed: the receiver is gone.
         """
+        self._queue(split(tensor, step, epoch=self._epoch))
+
+    def announce(self, step: int, tensor: torch.Tensor) -> None:
+        """Queue the announcement of a tensor that goes another way. Waits and raises as `send`."""
+        self._queue(iter([announce(tensor, step, self._epoch)]))
+
+    def _queue(self, frames: Iterator[bytes]) -> None:
         if self._reason:
             raise LinkClosed(self._reason)
-        frames = split(tensor, step, epoch=self._epoch)
         try:
             while self._unwritten and (len(self._unwritten) == self._depth or self._unwritten[0].done()):
                 self._unwritten.popleft().result()
@@ -144,13 +152,14 @@ class Inbox:
 
     def __init__(
         self, content: str = "activations", source: str = "the previous stage", path: str = "", epoch: int = 0,
-        on_late: Callable[[], object] = lambda: None,
+        on_late: Callable[[], object] = lambda: None, pin: bool = False,
     ) -> None:  # fmt: skip
         """Listen at `path`, which must be new, or read what is written to `entry`.
 
         Args:
             content, source: for error messages.
             on_late: called for every frame and every visitor of an earlier epoch.
+            pin: put tensors into pinned memory, for a stage on a GPU.
 
         Raises:
             OSError: the socket cannot be made.
@@ -160,6 +169,7 @@ class Inbox:
         self._path = path
         self._epoch = epoch
         self._on_late = on_late
+        self._pin = pin
         self._reason = ""
         self._is_damaged = False
         self._closed = threading.Event()
@@ -182,24 +192,32 @@ class Inbox:
         """
         until = time.monotonic() + timeout_s
         try:
-            with self._taking:
-                received, tensor = read_tensor(lambda room: self._fill(room, until), self._epoch, self._on_late)
+            received, tensor = self._read(lambda fill: read_tensor(fill, self._epoch, self._on_late, self._pin), until)
         except TimeoutError as error:
             raise LinkClosed(f"{self._content} of step {step} did not come within {timeout_s:g} s") from error
+        check_due(self._content, (step, shape, dtype), (received, tensor.shape, tensor.dtype))
+        return tensor
+
+    def check(self) -> None:
+        """Do nothing: what `take` returns has come. See `DeviceInbox.check`."""
+
+    def take_announcement(self) -> Header:
+        """Return what the next announcement says; waits for it without a limit. Raises LinkClosed as `take`."""
+        return self._read(lambda fill: read_announcement(fill, self._epoch, self._on_late), None)
+
+    def _read(self, read: Callable[[Callable[[memoryview], None]], T], until: float | None) -> T:
+        """Return what `read` makes of the stream. Raises LinkClosed; TimeoutError at `until`, the monotonic clock's."""
+        try:
+            with self._taking:
+                return read(lambda room: self._fill(room, until))
+        except TimeoutError:
+            raise
         except FrameError as error:
             self._is_damaged = True
             self.close(f"{self._content}: {error}")
             raise LinkClosed(self._reason) from error
         except OSError as error:
             raise LinkClosed(self._reason or f"{self._source} is gone: {error}") from error
-        if received != step:
-            raise LinkClosed(f"{self._content} of step {received} came where step {step} was due")
-        if (tuple(shape), dtype) != (tuple(tensor.shape), tensor.dtype):
-            raise LinkClosed(
-                f"{self._content} of step {step} are {tensor.dtype} {list(tensor.shape)} "
-                f"where {dtype} {list(shape)} were due"
-            )
-        return tensor
 
     def feed(self, pieces: Iterable[bytes]) -> tuple[str, bool]:
         """Write what a gRPC stream brings to `entry`, and wait until this end is closed.
@@ -238,16 +256,16 @@ class Inbox:
         if self.entry is not None:
             self.entry.close()  # not earlier, see `Sender`
 
-    def _fill(self, room: memoryview, until: float) -> None:
+    def _fill(self, room: memoryview, until: float | None) -> None:
         """Read until `room` is full. Raises OSError: TimeoutError at `until`, the monotonic clock's."""
         while self._link is None:
             self._link = self._accept(until)
         _read(self._link, room, until)
 
-    def _accept(self, until: float) -> socket.socket | None:
+    def _accept(self, until: float | None) -> socket.socket | None:
         """Return the link to the next visitor, None if it is not of this epoch. Raises as `_fill`."""
         assert self._listener is not None
-        self._listener.settimeout(max(1e-3, until - time.monotonic()))
+        self._listener.settimeout(_left(until))
         visitor, _ = self._listener.accept()
         if self._reason:
             visitor.close()
@@ -262,9 +280,27 @@ class Inbox:
         return None
 
 
-def _read(end: socket.socket, room: memoryview, until: float) -> None:
+def check_due(
+    content: str, due: tuple[int, Sequence[int], torch.dtype], came: tuple[int, Sequence[int], torch.dtype]
+) -> None:
+    """Compare step, shape and type of a tensor with what a plan needs. Raises LinkClosed: they differ."""
+    (step, shape, dtype), (received, came_shape, came_dtype) = due, came
+    if received != step:
+        raise LinkClosed(f"{content} of step {received} came where step {step} was due")
+    if (tuple(shape), dtype) != (tuple(came_shape), came_dtype):
+        raise LinkClosed(
+            f"{content} of step {step} are {came_dtype} {list(came_shape)} where {dtype} {list(shape)} were due"
+        )
+
+
+def _left(until: float | None) -> float | None:
+    """Return the time limit of a socket that ends at `until`."""
+    return None if until is None else max(1e-3, until - time.monotonic())
+
+
+def _read(end: socket.socket, room: memoryview, until: float | None) -> None:
     while room:
-        end.settimeout(max(1e-3, until - time.monotonic()))
+        end.settimeout(_left(until))
         count = end.recv_into(room)
         if not count:
             raise ConnectionResetError("it ended the link")

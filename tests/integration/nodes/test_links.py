@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from workers.bench.__main__ import main
@@ -29,4 +30,10 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert main(["--quick", "--json", str(path), "links", "--hidden", "64"]) == 0
     result = json.loads(path.read_text())
     assert result["what"] == "links"
-    assert len(result["figures"]) == 8
+    assert len(result["figures"]) == 10
+
+
+def test_between_gpus_there_must_be_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="device: cuda: links between GPUs need two of them"):
+        next(measure_links(LinkSetup(64, 32, torch.float32, 3, "cuda")))

@@ -18,7 +18,7 @@ from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
-from cluster.stages.launcher import links_of
+from cluster.stages.links import links_of
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
@@ -44,6 +44,7 @@ class Stages:
         self.addresses: dict[int, str] = {}  # of stages that were replaced
         self.engine: Engine | None = None
         self.store: KvStore | None = None
+        self.direct = False  # hidden states go from device to device
         self.kv_store_path = ""  # of the stages that are started next
 
     def spawn(self, *options: str, count: int = 2) -> None:
@@ -86,10 +87,24 @@ class Stages:
         assert updates[-1].ready
         assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
-    def start(self, *, first_to_last: bool = False, same_node: bool = True) -> None:
-        """Link the stages by Unix sockets, or over gRPC as if each had a node of its own."""
+    def start(self, *, first_to_last: bool = False, same_node: bool = True, direct: bool = False) -> None:
+        """Link the stages by Unix sockets, or over gRPC as if each had a node of its own.
+
+        Args:
+            direct: hidden states go from device to device, as if each stage had a GPU.
+        """
+        self.direct = direct
+        if direct:  # neighbours meet
+            self._all_at_once(lambda handle: handle.start, 0)
+            return
         for handle in self.handles if first_to_last else reversed(self.handles):
             handle.start(self._start_request(handle.shard, 0, same_node), 60)
+
+    def _all_at_once(
+        self, call: Callable[[GrpcStageHandle], Callable[[pb.StartRequest, float], None]], epoch: int
+    ) -> None:
+        with ThreadPoolExecutor(len(self.handles)) as threads:
+            list(threads.map(lambda one: call(one)(self._start_request(one.shard, epoch, True), 60), self.handles))
 
     def replace(self, stage: int, epoch: int, *, same_node: bool = True) -> None:
         """Put another process in the place of a stage, which may live on, and link the others with it."""
@@ -98,6 +113,9 @@ class Stages:
         new = self.handles[stage] = self._connect(self._start_process(socket), shard, socket)
         self.addresses[stage] = f"unix:{self.folder}/s{stage}e{epoch}.sock"
         self._load(new, epoch)
+        if self.direct:
+            self._all_at_once(lambda handle: handle.start if handle is new else handle.relink, epoch)
+            return
         for handle in self.handles:
             begin = handle.start if handle is new else handle.relink
             begin(self._start_request(handle.shard, epoch, same_node), 60)
@@ -109,7 +127,8 @@ class Stages:
             )
             for stage in range(shard.num_stages)
         }
-        links = links_of(shard, addresses, self.folder, epoch)
+        gpus = {at: str(at) for at in addresses} if self.direct else {}
+        links = links_of(shard, addresses, gpus, self.folder, epoch)
         return pb.StartRequest(num_pages=PAGES, page_size=PAGE, epoch=epoch, kv_store_path=self.kv_store_path, **links)
 
     def run_engine(self, store: KvStore | None = None, tokenizer: TextTokenizer | None = None) -> Engine:

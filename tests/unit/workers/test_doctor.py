@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,25 @@ def test_facts_are_plain_data() -> None:
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert len(facts["devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_facts_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has two of them and everything for them; here torch was told so."""
+    properties = SimpleNamespace(name="H200", major=9, minor=0, total_memory=141 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(doctor, "compute_family", lambda device, dtype, dim: f"{device} {dtype} {dim}")
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
+    monkeypatch.setattr(doctor, "version_of", lambda name: f"{name} 3.6.0")
+    facts = torch_facts()
+    assert (facts["nccl"], facts["nccl_version"], facts["triton"]) == (True, "2.29.3", "triton 3.6.0")
+    kernels = ["cuda:0 torch.bfloat16 128", "cuda:1 torch.bfloat16 128"]
+    device = {"name": "H200", "capability": "9.0", "memory_bytes": 141 << 30}
+    assert facts["devices"] == [device | {"kernels": each} for each in kernels]
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: False)
+    facts = torch_facts()
+    assert (facts["nccl"], facts["nccl_version"]) == (False, None)
 
 
 def test_the_process_prints_one_line() -> None:

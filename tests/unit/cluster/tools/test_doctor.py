@@ -192,10 +192,38 @@ def test_the_compiler_is_the_one_that_builds_the_kernels(tmp_path: Path, monkeyp
         assert doctor.check_compiler() == Check("compiler", "ok", str(tmp_path / name))
 
 
-def test_cuda_build() -> None:
-    device = {"name": "H200", "capability": "9.0", "memory_bytes": 1}
-    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"}).status == "ok"
-    assert doctor.check_cuda_build({"devices": [], "cuda_build": None}).status == "missing"
+@pytest.mark.parametrize(
+    ("capability", "count", "nccl", "triton", "status", "reason"),
+    [
+        ("9.0", 2, "2.29.3", "3.6.0", "ok", ""),
+        ("12.0", 1, None, "3.6.0", "ok", ""),
+        ("9.0", 2, None, "3.6.0", "slow", "no NCCL: a stage uses one GPU"),
+        ("9.0", 1, "2.29.3", None, "slow", "no Triton: sparse prefill is a loop"),
+        ("8.9", 1, "2.29.3", "3.6.0", "slow", "older than Hopper: PyTorch multiplies experts one by one"),
+        ("7.5", 1, "2.29.3", "3.6.0", "slow", "older than Ampere"),
+    ],
+)
+def test_cuda_build(
+    capability: str, count: int, nccl: str | None, triton: str | None, status: str, reason: str
+) -> None:
+    device = {"name": "H200", "capability": capability, "kernels": "torch-cuda-triton"}
+    facts = {"devices": [device] * count, "cuda_build": "12.8", "nccl_version": nccl, "triton": triton}
+    check = doctor.check_cuda_build(facts)
+    assert check.status == status
+    assert check.advice.startswith(reason)
+    each = f"H200 (compute {capability}, kernels torch-cuda-triton)"
+    assert check.detail == f"CUDA 12.8, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {', '.join([each] * count)}"
+
+
+def test_the_oldest_gpu_decides() -> None:
+    devices = [{"name": "GPU", "capability": each, "kernels": "torch"} for each in ("10.0", "9.0", "8.0")]
+    facts = {"devices": devices, "cuda_build": "12.8", "nccl_version": "2.29.3", "triton": "3.6.0"}
+    assert "Hopper" in doctor.check_cuda_build(facts).advice
+
+
+def test_a_gpu_that_torch_does_not_see() -> None:
+    check = doctor.check_cuda_build({"devices": [], "cuda_build": None})
+    assert (check.status, check.detail) == ("missing", "torch sees no GPU (CUDA build: none)")
 
 
 def test_report_and_table() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from workers.runner.model_runner import StepOutput
+from workers.stage import step as step_module
 from workers.stage.step import Stepper
+from workers.transport.collectives import GroupLost
+from workers.transport.completion import DeviceLate
 from workers.transport.link import Inbox, LinkClosed, Sender
 
 NONE = Span(0, 0)
@@ -169,3 +173,57 @@ def test_one_stage_alone_has_no_links():
     for step in range(1, 9):
         stepper.step(plan(step, part(1)))
     assert not runner.learned
+
+
+# --- the end of a step -----------------------------------------------------------------------------------------------
+
+
+SLICE = part(1, 5)
+
+
+class Broken:
+    """A group, or a link, that was aborted while the device computed; remembers what it is told."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+        self.calls: list[str] = []
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def abort(self, reason: str) -> None:
+        self.calls.append(reason)
+
+    close = abort
+
+
+@pytest.mark.parametrize("part", ["group", "inbox"])
+def test_what_was_computed_from_what_did_not_come_is_not_used(part: str):
+    error = GroupLost("gone") if part == "group" else LinkClosed("gone")
+    group, inbox, sent = Broken(error if part == "group" else None), Broken(error if part == "inbox" else None), Sent()
+    stepper = Stepper(FakeRunner(0), inbox, sent, 1.0, None, group)  # type: ignore[arg-type]
+    with pytest.raises(type(error), match="gone"):
+        stepper.step(plan(1, SLICE))
+    assert not sent.items
+    assert not stepper.is_computing
+
+
+@pytest.mark.parametrize("frees", [True, False], ids=["a peer was waited for", "a kernel hangs"])
+def test_a_device_that_is_late_is_freed(frees: bool, monkeypatch: pytest.MonkeyPatch):
+    """The neighbours may go on with this shard if that helps; else its process has to be replaced."""
+    waits: list[float] = []
+
+    def wait(device: torch.device, timeout_s: float, check: Callable[[], object] = lambda: None) -> None:
+        waits.append(timeout_s)
+        if len(waits) == 1 or not frees:
+            raise DeviceLate("the device has not finished within 1 s")
+
+    monkeypatch.setattr(step_module, "wait_for_device", wait)
+    group, inbox = Broken(None), Broken(None)
+    stepper = Stepper(FakeRunner(0), inbox, Sent(), 1.0, None, group)  # type: ignore[arg-type]
+    with pytest.raises(LinkClosed if frees else DeviceLate, match="the device has not finished within 1 s"):
+        stepper.step(plan(7, part(1, 5)))
+    reason = "step 7: the device has not finished within 1 s"
+    assert (group.calls, inbox.calls) == ([reason], [reason])
+    assert waits == [1.0, 10.0]

@@ -93,3 +93,11 @@ def test_whoever_failed_by_itself_does_not(worker: StageWorker) -> None:
     assert worker.is_broken
     with pytest.raises(RuntimeError, match="stage 0 shard 0, step 4: sequence 1: the plan counts"):
         relink(worker, 2)
+
+
+def test_a_device_that_waits_for_another_shard_goes_on(worker: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When stages are replaced, before the thread that computes is asked for anything."""
+    reasons: list[str] = []
+    monkeypatch.setattr(worker._collectives, "abort", reasons.append)
+    worker.unlink(2)
+    assert reasons == ["stages are being replaced"]

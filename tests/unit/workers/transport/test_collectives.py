@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from workers.transport import collectives
 from workers.transport.collectives import Collectives, GroupLost, join_group
 
 CPU = torch.device("cpu")
@@ -111,12 +112,78 @@ def test_members_meet_again_after_one_has_left():
     assert time.monotonic() - began < 30
 
 
+def test_the_limit_of_reductions_is_not_that_of_meetings():
+    """It stays when the members meet again."""
+    stores = [dist.HashStore() for _ in range(2)]
+
+    def work(group: Collectives) -> float:
+        group.limit(0.3)
+        group.join(stores[1])
+        if group.rank == 0:
+            began = time.monotonic()
+            with pytest.raises(GroupLost, match="Timed out waiting 300ms"):
+                group.all_reduce(torch.ones(1))
+            return time.monotonic() - began
+        time.sleep(1.0)
+        return 0.0
+
+    seconds, _ = in_group(2, work, timeout_s=60.0)
+    assert isinstance(seconds, float)
+    assert seconds < 10
+
+
+class FakeNccl:
+    """A group whose operations are only queued; remembers whether it was aborted."""
+
+    def __init__(self) -> None:
+        self.aborted = 0
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> "FakeNccl":
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+def test_what_an_aborted_group_computed_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU, where a dead member raises nothing; a new group is sound again."""
+    made: list[FakeNccl] = []
+
+    def make(*args: object) -> FakeNccl:
+        made.append(FakeNccl())
+        return made[-1]
+
+    monkeypatch.setattr(collectives, "make_group", make)
+    monkeypatch.setattr(collectives, "limit", lambda group, timeout_s: None)
+    monkeypatch.setattr(collectives.torch, "zeros", lambda *args, **options: None)
+    group = collectives.GroupCollectives(0, 2, torch.device("cuda"), 1.0)
+    group.join(dist.HashStore())
+    group.all_reduce(torch.ones(1))
+    group.check()
+    for reason in ("a shard is late", "second"):
+        group.abort(reason)
+        with pytest.raises(GroupLost, match="the group of the stage broke: a shard is late"):
+            group.check()
+    group.join(dist.HashStore())
+    group.check()
+    assert [each.aborted for each in made] == [1, 0]
+    group.close()
+    group.close()
+    assert [each.aborted for each in made] == [1, 1]
+
+
 def test_one_shard_needs_no_group():
     group = join_group(dist.HashStore(), 0, 1, CPU, 0.1)
     assert type(group) is Collectives
     tensor = torch.ones(3)
     assert group.all_reduce(tensor) is tensor
     assert group.all_gather(tensor) == [tensor]
+    group.limit(1.0)
+    group.abort("stages are being replaced")
+    group.check()
     group.close()
 
 

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.data.frames import DAMAGED, FIVE, changed, frames_of, sealed, with_wrong_checksum
-from workers.transport.frames import DTYPES, HEADER_BYTES, MAX_PAYLOAD, FrameError, Header, read_tensor, split
+from workers.transport.frames import (
+    DTYPES,
+    HEADER_BYTES,
+    MAX_PAYLOAD,
+    FrameError,
+    Header,
+    announce,
+    read_announcement,
+    read_tensor,
+    split,
+)
 
 
 class Ended(Exception):
@@ -226,3 +236,51 @@ def test_only_the_whole_in_order_gives_a_tensor(order: list[int], damaged: int |
     else:
         with pytest.raises((FrameError, Ended)):
             assemble(frames)
+
+
+# --- announcements ---------------------------------------------------------------------------------------------------
+
+
+def announced(data: bytes, epoch: int = 0) -> tuple[Header, int]:
+    """What the next announcement says, and how many frames of earlier epochs came before it."""
+    stream, late = io.BytesIO(data), []
+
+    def fill(room: memoryview) -> None:
+        if stream.readinto(room) < len(room):
+            raise Ended
+
+    return read_announcement(fill, epoch, lambda: late.append(1)), len(late)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 5), (67, 193), (2**40, 0, 1)], ids=str)
+def test_an_announcement_says_what_comes(shape: tuple[int, ...], dtype: torch.dtype):
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    data = announce(tensor, 2**40, 7)
+    assert len(data) == HEADER_BYTES
+    if 2**40 in shape:
+        with pytest.raises(FrameError, match="is too large"):
+            announced(data, 7)
+        return
+    header, late = announced(data, 7)
+    assert (header.step, header.shape, DTYPES[header.dtype], header.epoch, late) == (2**40, shape, dtype, 7, 0)
+
+
+def test_every_bit_of_an_announcement_counts():
+    data = announce(torch.ones(3, 5), 9)
+    for bit in range(8 * HEADER_BYTES):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises((FrameError, Ended)):
+            announced(bytes(damaged))
+
+
+def test_announcements_of_earlier_epochs_are_dropped_and_counted():
+    old = announce(torch.ones(3), 1, 1) + b"".join(split(torch.ones(4), 2, 8, epoch=1))
+    header, late = announced(old + announce(torch.ones(3, 5), 4, 2), 2)
+    assert (header.step, header.shape, late) == (4, (3, 5), 3)
+
+
+def test_other_types_cannot_be_announced():
+    with pytest.raises(ValueError, match="dtype: float64: links carry"):
+        announce(torch.ones(1).double(), 1)
