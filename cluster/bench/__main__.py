@@ -225,10 +225,14 @@ def neighbours(
         running_head(model, chunk, threads) as (client, _),
         _bare_runner(model, length, chunk, threads) as bare,
     ):
-        rates = {
-            "served": lambda: length / serve(client, length, 2, next(seeds)).first_token_s,
-            "bare": lambda: length / bare("prefill"),
-        }
+
+        def served() -> float:
+            return length / serve(client, length, 2, next(seeds)).first_token_s
+
+        def alone() -> float:
+            return length / bare("prefill")
+
+        rates: dict[str, Callable[[], float]] = {"served": served, "bare": alone}
         for rate in rates.values():
             rate()
         rows = measure_neighbours(rates, counts, kind, repeats, _say)
