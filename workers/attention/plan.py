@@ -91,7 +91,8 @@ class AttentionPlan:
     """Rows at positions `start .. start + length - 1`, all in one DCA chunk.
 
     `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection per query head; with None
-    every head visits all keys up to the row's own position. `tile` rows share a list of keys.
+    every head visits all keys up to the row's own position. `tile` rows share a list of keys. With `whole_tiles` the
+    last tile, which may have fewer rows, takes the list that a whole one would have, without keys after its last row.
     """
 
     start: int

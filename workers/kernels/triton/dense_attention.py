@@ -80,10 +80,7 @@ def dense_attention_kernel(
     head = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles
     first = tile * M
-    if dense is not None:
-        wanted = tl.load(dense + head).to(tl.int32)
-    else:
-        wanted = 1
+    wanted = tl.load(dense + head).to(tl.int32) if dense is not None else 1
     scale = load_scales(scales, first, length, M)
     q = load_queries(intra, intra_row, intra_head, head, first, length, M, D, DOT)
     acc, total = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)

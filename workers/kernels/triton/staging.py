@@ -76,7 +76,8 @@ def stage(
         raise ValueError(f"staging: positions before {stop} of {len(page_slots)} pages of {page_size}: out of range")
     head_rows = rows_per_head(stop)
     shape = kv_heads * head_rows + column_rows, dim
-    staged = Staged(*(keys.new_empty(shape, dtype=dtype) for _ in range(2)), kv_heads, head_rows, column_rows, stop)
+    side_rows = [torch.empty(shape, dtype=dtype, device=keys.device) for _ in range(2)]
+    staged = Staged(side_rows[0], side_rows[1], kv_heads, head_rows, column_rows, stop)
     for side, scales, target in ((keys, key_scales, staged.keys), (values, value_scales, staged.values)):
         stage_kernel[head_rows // _ROWS, kv_heads](
             side, side.stride(0), scales, 0 if scales is None else scales.stride(0), page_slots, target, stop,
