@@ -46,13 +46,17 @@ def dense_attention(
     """
     length, heads, dim = out.shape
     target = target or Target.of(out.device)
-    keys = block_keys(torch.cuda.get_device_capability(out.device)) if out.is_cuda else 64
+    keys = _keys_of(out.device)
     tiles, options = rows.tiles(TILE), (OPTIONS if target.tma else OPTIONS_SM80)[keys]
     dense_attention_kernel[(tiles * heads,)](
         *q.arguments(), *target.sides(staged, keys), scales, out, out.stride(0), dense, rows.start, length, rows.succ,
         rows.intra, tiles, staged.head_rows, heads // staged.kv_heads, M=TILE, N=keys, D=dim, TMA=target.tma,
         DOT=target.dot, **options,
     )  # fmt: skip
+
+
+def _keys_of(device: torch.device) -> int:
+    return block_keys(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 64
 
 
 @triton.jit
