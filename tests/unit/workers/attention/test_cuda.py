@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.data.paged_cells import CELLS, paged_cell, selections
+from tests.support.oracles.paged_cells import CELLS, paged_cell, selections
 from workers.attention import cuda, flash
 from workers.attention.attend import attend
 from workers.attention.plan import AttentionPlan, Selection

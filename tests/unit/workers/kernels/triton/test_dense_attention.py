@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.support.data.paged_cells import CELLS, PagedCell, paged_cell
+from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell
 from workers.attention.cuda import plan_rows, stage
 from workers.kernels.triton import dense_attention as module
 from workers.kernels.triton.blocks import QuerySides, Target

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.data.paged_cells import CELLS, selections
+from tests.support.oracles.paged_cells import CELLS, selections
 from workers.attention.cuda import plan_lists, plan_rows
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.kernels.triton.entries import Entries, entry_bytes, entry_room, fill_entries

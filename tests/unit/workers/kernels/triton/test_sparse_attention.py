@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.support.data.paged_cells import CELLS, paged_cell, selections
+from tests.support.oracles.paged_cells import CELLS, paged_cell, selections
 from workers.attention.cuda import plan_lists, plan_rows, stage
 from workers.attention.plan import AttentionPlan
 from workers.kernels.triton.blocks import QuerySides, Target
