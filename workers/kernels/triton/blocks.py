@@ -18,18 +18,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Target(NamedTuple):
-    """How kernels read memory and multiply: `tma` by tensor descriptors (from sm_90 on), `dot` the operands' type."""
+    """How kernels read memory and multiply, and for which compute capability.
+
+    `tma`: by tensor descriptors, from 9.0 on; `dot`: the type of the operands; `rows_dtype`: that of staged rows.
+    """
 
     tma: bool
     dot: tl.dtype
-    rows_dtype: torch.dtype  # of staged rows
+    rows_dtype: torch.dtype
+    capability: tuple[int, int] = (8, 0)
 
     @staticmethod
     def of(device: torch.device) -> Target:
         """Return that of a GPU; of other devices that of the interpreter, which multiplies no bfloat16."""
-        if device.type == "cuda":
-            return Target(torch.cuda.get_device_capability(device) >= (9, 0), tl.bfloat16, torch.bfloat16)
-        return Target(False, tl.float32, torch.float32)
+        if device.type != "cuda":
+            return Target(False, tl.float32, torch.float32)
+        capability = torch.cuda.get_device_capability(device)
+        return Target(capability >= (9, 0), tl.bfloat16, torch.bfloat16, capability)
 
     def sides(self, staged: Staged, keys: int) -> tuple[Any, Any]:
         """Return keys and values as kernels take them that load blocks of so many rows."""
@@ -130,7 +135,7 @@ def causal_step(
     It must be the first of a tile's steps: every row sees a key of the first block, so that `largest` is finite from
     then on.
     """
-    for first in range(0, M, N):
+    for first in tl.range(0, M, N, num_stages=2):
         k = load_block(keys, row + first, N, D, TMA).to(DOT)
         logits = tl.dot(q, k.T)
         seen = tl.arange(0, M)[:, None] >= first + tl.arange(0, N)[None, :]

@@ -27,7 +27,6 @@ from workers.kernels.triton.staging import Staged
 
 TILE = 128
 OPTIONS = {128: {"num_warps": 8, "num_stages": 2}, 64: {"num_warps": 8, "num_stages": 3}}  # by keys of a block
-OPTIONS_SM80 = {64: {"num_warps": 8, "num_stages": 2}}
 
 
 def block_keys(capability: tuple[int, int]) -> int:
@@ -46,20 +45,15 @@ def dense_attention(
     """
     length, heads, dim = out.shape
     target = target or Target.of(out.device)
-    keys = _keys_of(out.device)
-    tiles, options = rows.tiles(TILE), (OPTIONS if target.tma else OPTIONS_SM80)[keys]
+    keys, tiles = block_keys(target.capability), rows.tiles(TILE)
     dense_attention_kernel[(tiles * heads,)](
         *q.arguments(), *target.sides(staged, keys), scales, out, out.stride(0), dense, rows.start, length, rows.succ,
         rows.intra, tiles, staged.head_rows, heads // staged.kv_heads, M=TILE, N=keys, D=dim, TMA=target.tma,
-        DOT=target.dot, **options,
+        DOT=target.dot, **OPTIONS[keys],
     )  # fmt: skip
 
 
-def _keys_of(device: torch.device) -> int:
-    return block_keys(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 64
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["start", "length", "succ_start", "intra_start", "tiles"])
 def dense_attention_kernel(
     intra: tl.tensor, intra_row: tl.tensor, intra_head: tl.tensor,
     succ: tl.tensor, succ_row: tl.tensor, succ_head: tl.tensor,

@@ -90,7 +90,19 @@ def _lowest(count: tl.tensor) -> tl.tensor:
     return tl.where(count >= 32, -1, few)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "block_stride",
+        "bitmap_stride",
+        "column_stride",
+        "start",
+        "length",
+        "succ",
+        "intra",
+        "room",
+        "column_room",
+    ]
+)
 def entries_kernel(
     blocks: tl.tensor, counts: tl.tensor, block_stride: tl.tensor, num_blocks: tl.tensor, bitmap: tl.tensor,
     bitmap_stride: tl.tensor, columns: tl.tensor, column_stride: tl.tensor, num_columns: tl.tensor, order: tl.tensor,

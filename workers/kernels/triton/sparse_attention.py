@@ -27,8 +27,14 @@ from workers.kernels.triton.entries import Entries
 from workers.kernels.triton.lists import BLOCK, Rows
 from workers.kernels.triton.staging import Staged
 
-OPTIONS = {128: {"num_warps": 8, "num_stages": 3}, 64: {"num_warps": 4, "num_stages": 2}}  # by rows of a tile
-OPTIONS_SM80 = {128: {"num_warps": 8, "num_stages": 2}, 64: {"num_warps": 4, "num_stages": 2}}
+
+def launch_options(tile: int, capability: tuple[int, int]) -> dict[str, int]:
+    """Return how the kernel is built.
+
+    A block is loaded from where its entry says. Of five stages keys and values are in three, so that two blocks are
+    under way while one is multiplied; on 10.x that spills with heads of 64 values.
+    """
+    return {"num_warps": 8 if tile == 128 else 4, "num_stages": 5 if capability < (10, 0) else 3}
 
 
 def sparse_attention(
@@ -44,15 +50,14 @@ def sparse_attention(
     length, heads, dim = out.shape
     target = target or Target.of(out.device)
     tiles, keys = rows.tiles(tile), target.sides(staged, BLOCK)
-    options = (OPTIONS if target.tma else OPTIONS_SM80)[tile]
     sparse_attention_kernel[(tiles * len(order),)](
         *q.arguments(), *keys, scales, out, out.stride(0), order, dense, entries.entries, entries.ends, rows.start,
         length, tiles, entries.entries.shape[-1], staged.head_rows, heads // staged.kv_heads, M=tile, N=BLOCK, D=dim,
-        TMA=target.tma, DOT=target.dot, **options,
+        TMA=target.tma, DOT=target.dot, **launch_options(tile, target.capability),
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "length", "tiles", "room"])
 def sparse_attention_kernel(
     intra: tl.tensor, intra_row: tl.tensor, intra_head: tl.tensor,
     succ: tl.tensor, succ_row: tl.tensor, succ_head: tl.tensor,

@@ -108,7 +108,7 @@ def gather_columns(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def stage_kernel(
     side: tl.tensor, side_head: tl.tensor, scales: tl.tensor, scale_head: tl.tensor, page_slots: tl.tensor,
     target: tl.tensor, stop: tl.tensor, head_rows: tl.tensor, P: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
@@ -129,7 +129,7 @@ def stage_kernel(
     tl.store(at, wide.to(target.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_stride"])
 def gather_columns_kernel(
     keys: tl.tensor, values: tl.tensor, columns: tl.tensor, column_stride: tl.tensor, num_columns: tl.tensor,
     order: tl.tensor, head_rows: tl.tensor, first_row: tl.tensor, room: tl.tensor, group: tl.tensor,

@@ -67,7 +67,8 @@ def test_missing_regions_are_stood_in_for() -> None:
 
 
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Target.of(torch.device("cpu")) == (False, tl.float32, torch.float32)
+    assert Target.of(torch.device("cpu")) == (False, tl.float32, torch.float32, (8, 0))
     for capability in ((8, 0), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert Target.of(torch.device("cuda")) == (capability != (8, 0), tl.bfloat16, torch.bfloat16)
+        wanted = capability != (8, 0), tl.bfloat16, torch.bfloat16, capability
+        assert Target.of(torch.device("cuda")) == wanted

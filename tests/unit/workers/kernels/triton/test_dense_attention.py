@@ -8,16 +8,14 @@ import triton.language as tl
 
 from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell
 from workers.attention.cuda import plan_rows, stage
-from workers.kernels.triton import dense_attention as module
 from workers.kernels.triton.blocks import QuerySides, Target
 from workers.kernels.triton.dense_attention import block_keys, dense_attention
 
 
-def run(cell: PagedCell, tma: bool = False, dense: torch.Tensor | None = None) -> torch.Tensor:
+def run(cell: PagedCell, target: Target | None = None, dense: torch.Tensor | None = None) -> torch.Tensor:
     q, plan = cell.q, cell.plan
     out = torch.full(q.intra.shape, torch.nan, dtype=q.intra.dtype)
     staged = stage(cell.kv, cell.table, plan.start + plan.length)
-    target = Target(tma, tl.float32, torch.float32)
     dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, cell.scales, out, dense, target)
     return out
 
@@ -26,7 +24,8 @@ def run(cell: PagedCell, tma: bool = False, dense: torch.Tensor | None = None) -
 @pytest.mark.parametrize(("start", "rows", "distance"), CELLS)
 def test_rows_of_every_size(start: int, rows: int, distance: int, tma: bool) -> None:
     cell = paged_cell(start, rows, distance, heads=2)
-    torch.testing.assert_close(run(cell, tma).double(), cell.reference(), atol=4e-6, rtol=4e-6)
+    target = Target(tma, tl.float32, torch.float32)
+    torch.testing.assert_close(run(cell, target).double(), cell.reference(), atol=4e-6, rtol=4e-6)
 
 
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn, torch.bfloat16], ids=str)
@@ -43,12 +42,12 @@ def test_bfloat16_queries() -> None:
     torch.testing.assert_close(got.double(), narrow.reference(), atol=1.6e-2, rtol=1.6e-2)
 
 
-def test_blocks_as_wide_as_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_as_wide_as_a_tile() -> None:
     """What Hopper runs: 128 keys a block."""
     assert [block_keys(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [64, 128, 64]
-    monkeypatch.setattr(module, "_keys_of", lambda device: 128)
     cell = paged_cell(640, 67, 256, heads=2)
-    torch.testing.assert_close(run(cell, True).double(), cell.reference(), atol=4e-6, rtol=4e-6)
+    target = Target(True, tl.float32, torch.float32, (9, 0))
+    torch.testing.assert_close(run(cell, target).double(), cell.reference(), atol=4e-6, rtol=4e-6)
 
 
 def test_other_heads_are_left_alone() -> None:

@@ -58,7 +58,7 @@ def test_sparse_attention(capability: int, tile: int, dim: int) -> None:
         "ends": "*i32", "room": "i32", **LAYOUT,
     }  # fmt: skip
     constants = {"M": tile, "N": 64, "D": dim, "TMA": capability >= 90, "DOT": tl.bfloat16}
-    options = (sparse_attention.OPTIONS if capability >= 90 else sparse_attention.OPTIONS_SM80)[tile]
+    options = sparse_attention.launch_options(tile, divmod(capability, 10))
     kernel = compile_kernel(
         sparse_attention.sparse_attention_kernel, capability, signature, constants, multiples=multiples(signature),
         **options,
@@ -82,10 +82,9 @@ def test_dense_attention(capability: int, dim: int, flagged: bool) -> None:
     }  # fmt: skip
     constants: dict[str, Any] = {"M": 128, "N": keys, "D": dim, "TMA": capability >= 90, "DOT": tl.bfloat16}
     constants |= {} if flagged else {"dense": None}
-    options = (dense_attention.OPTIONS if capability >= 90 else dense_attention.OPTIONS_SM80)[keys]
     kernel = compile_kernel(
         dense_attention.dense_attention_kernel, capability, signature, constants, multiples=multiples(signature),
-        **options,
+        **dense_attention.OPTIONS[keys],
     )  # fmt: skip
     check_attention(kernel, capability)
 
