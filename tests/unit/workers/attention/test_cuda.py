@@ -54,12 +54,12 @@ def test_selections(start: int, rows: int, distance: int) -> None:
 
 
 def test_heads_run_in_groups_where_scratch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = tuple(selections(517).values())
-    cell = paged_cell(500, 17, 250, heads=len(heads), selections=heads)
+    heads = tuple(selections(217).values())
+    cell = paged_cell(200, 17, heads=len(heads), selections=heads)
     whole = cuda.attend(cell.q, cell.kv, cell.table, cell.plan, cell.scales)
-    assert cuda.column_rows(517, 6, 16) == 6 * 576
-    monkeypatch.setattr(cuda, "_COLUMN_BYTES", 4 * 16 * 576 * 4)
-    assert cuda.column_rows(517, 6, 16) == 4 * 576
+    assert cuda.column_rows(217, 6, 16) == 6 * 256
+    monkeypatch.setattr(cuda, "_COLUMN_BYTES", 4 * 16 * 256 * 4)
+    assert cuda.column_rows(217, 6, 16) == 4 * 256
     assert torch.equal(cuda.attend(cell.q, cell.kv, cell.table, cell.plan, cell.scales), whole)
     monkeypatch.setattr(cuda, "_ENTRY_BYTES", 1)
     assert torch.equal(cuda.attend(cell.q, cell.kv, cell.table, cell.plan, cell.scales), whole)
