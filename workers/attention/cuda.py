@@ -37,14 +37,19 @@ _ENTRY_BYTES = 256 << 20
 def supports(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> bool:
     """Return whether these kernels take queries `[T, H, D]` over this cache, and are worth their staging."""
     return (
-        q.device.type == "cuda"
-        and q.dtype == torch.bfloat16
+        _takes(q.device, q.dtype, q.shape[-1])
         and kv.keys.dtype in _CACHES
-        and q.shape[-1] in _DIMS
         and (plan.length >= MIN_ROWS or plan.heads is not None)
-        and _has_triton()
-        and torch.cuda.get_device_capability(q.device) >= _AMPERE
     )
+
+
+def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """Return the `flash.compute_family` of a device, with `-triton` where these kernels compute for this type and dim.
+
+    Results of other kernels on the same device differ in their last bits.
+    """
+    family = flash.compute_family(device, dtype, dim)
+    return f"{family}-triton" if _takes(device, dtype, dim) else family
 
 
 def attend(
@@ -178,6 +183,16 @@ def executed_plan(plan: AttentionPlan, tile: int = TILES[0]) -> AttentionPlan:
     everything = Selection.everything(plan.start + plan.length)
     heads = (everything if is_dense else head for head, is_dense in zip(plan.heads, dense, strict=True))
     return replace(plan, heads=tuple(heads), tile=tile, whole_tiles=True)
+
+
+def _takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and dim in _DIMS
+        and _has_triton()
+        and torch.cuda.get_device_capability(device) >= _AMPERE
+    )
 
 
 @functools.cache

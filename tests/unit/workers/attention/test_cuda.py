@@ -122,6 +122,18 @@ def test_what_is_taken(q: Like, cache: torch.dtype, plan: AttentionPlan, expecte
     assert cuda.supports(q, LayerKV(rows, rows), plan) is expected  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_kv_of_these_kernels_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "supports_flash_attn", lambda *_: False)
+    gpu = torch.device("cuda")
+    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton"
+    assert cuda.compute_family(gpu, torch.float32, 128) == "cuda-9.0"
+    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0"
+    cpu = torch.device("cpu")
+    assert cuda.compute_family(cpu, torch.bfloat16, 128) == flash.compute_family(cpu, torch.bfloat16, 128)
+
+
 def test_attend_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cell, visited = paged_cell(100, 67), torch.zeros(4, dtype=torch.int64)
     monkeypatch.setattr("workers.attention.compiled.supports", lambda *_: False)
