@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 _VARIABLE = "TRITON_INTERPRET"
-_TIMEOUT_S = 300
+_TIMEOUT_S = 570  # below that of a test
 
 
 def interpreted_module(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
