@@ -1,10 +1,10 @@
-"""Attention of one piece of a step: by the compiled kernel where it supports the inputs, else by PyTorch."""
+"""Attention of one piece of a step: by the compiled kernel or those of CUDA where they can, else by PyTorch."""
 
 from __future__ import annotations
 
 import torch
 
-from workers.attention import compiled, torch_backend
+from workers.attention import compiled, cuda, torch_backend
 from workers.attention.plan import AttentionPlan, Queries
 from workers.kv.paged import LayerKV, PageTable
 
@@ -28,6 +28,8 @@ def attend(
     """
     if compiled.supports(q.intra, kv):
         return compiled.attend(q, kv, table, plan, scales, visited=visited)
+    if cuda.supports(q.intra, kv, plan):
+        return cuda.attend(q, kv, table, plan, scales, visited)
     if visited is not None:
         visited.copy_(torch.tensor([plan.visited_pairs(head) for head in range(len(visited))]))
     return torch_backend.attend(q, kv, table, plan, scales)

@@ -3,8 +3,11 @@
 flash-attn (the extra `cuda`) takes float16 and bfloat16 on CUDA devices from Ampere on. It reads the keys of a KV head
 once for all query heads of its group, where PyTorch's CUDA operators want as many KV heads as query heads.
 
-Limits: neither of the two CUDA paths has been run on a GPU yet. The call of flash-attn is tested on the CPU against
-plain PyTorch code with the documented contract of `flash_attn_func` (2.1 or later).
+PyTorch has two for 16-bit types: that of cuDNN is the faster one on Hopper, and is used where it agrees with plain
+PyTorch on a small input.
+
+Limits: none of the CUDA paths has been run on a GPU yet. The call of flash-attn is tested on the CPU against plain
+PyTorch code with the documented contract of `flash_attn_func` (2.1 or later).
 
 Legend: `T` rows, `n` keys, `H` query heads, `K` KV heads, `G = H // K`, `D` head dim.
 """
@@ -56,6 +59,13 @@ def supports_flash_attn(device: torch.device, dtype: torch.dtype, dim: int) -> b
         and torch.cuda.get_device_capability(device) >= _AMPERE
         and _flash_attn_func() is not None
     )
+
+
+def has_fast_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Return whether `flash` has a kernel for this type and dim that is made for the device, and not a general one."""
+    if supports_flash_attn(device, dtype, dim):
+        return True
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _cudnn_works(device, dtype, dim)
 
 
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -115,13 +125,45 @@ def _operator(
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
-    if q.shape[1] != k.shape[1]:  # the CUDA operators want equal head counts
-        group = q.shape[1] // k.shape[1]
-        k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))
     if q.dtype == torch.float32:  # flash kernels on CUDA take 16-bit types only
+        group = q.shape[1] // k.shape[1]
+        if group > 1:  # this operator wants equal head counts
+            k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
         )
+    elif _cudnn_works(q.device, q.dtype, q.shape[3]):
+        out, lse = _cudnn(q, k, v, causal, scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
+
+
+def _cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.view(q.shape[:3])  # it has `[1, heads, rows, 1]`
+
+
+@functools.cache
+def _cudnn_works(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Return whether cuDNN computes a small case with two query heads a KV head, output and log-sum-exp, as expected.
+
+    Versions and GPUs differ in what they take.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 64, dim, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    try:
+        out, lse = _cudnn(q, k, v, True, dim**-0.5)
+    except RuntimeError as error:
+        _log.info("cuDNN's attention is not used on %s: %s", device, str(error).splitlines()[0])
+        return False
+    wide, values = (side.float().repeat_interleave(2, dim=1) for side in (k, v))
+    hidden = torch.ones(64, 64, dtype=torch.bool, device=device).triu(1)
+    logits = (q.float() @ wide.transpose(2, 3) * dim**-0.5).masked_fill(hidden, -torch.inf)
+    return torch.allclose(out.float(), logits.softmax(-1) @ values, atol=2e-2, rtol=2e-2) and torch.allclose(
+        lse, logits.logsumexp(-1), atol=1e-2, rtol=1e-2
+    )

@@ -91,7 +91,8 @@ class AttentionPlan:
     """Rows at positions `start .. start + length - 1`, all in one DCA chunk.
 
     `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection per query head; with None
-    every head visits all keys up to the row's own position. `tile` rows share a list of keys.
+    every head visits all keys up to the row's own position. `tile` rows share a list of keys. With `whole_tiles` the
+    last tile, which may have fewer rows, takes the list that a whole one would have, without keys after its last row.
     """
 
     start: int
@@ -99,6 +100,7 @@ class AttentionPlan:
     distance: int = 0
     heads: tuple[Selection, ...] | None = None
     tile: int = QUERY_TILE
+    whole_tiles: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.start < 0 or self.tile < 1 or self.distance < 0:
@@ -126,7 +128,8 @@ class AttentionPlan:
         selection = self.heads[head] if self.heads else Selection.everything(self.start + self.length)
         for row in range(0, self.length, self.tile):
             stop = min(row + self.tile, self.length)
-            first, last = self.start + row, self.start + stop - 1
+            first = self.start + row
+            last = first + self.tile - 1 if self.whole_tiles else self.start + stop - 1
             visited = _visited(selection.offsets, first, last)
             columns = selection.columns[selection.columns <= last]
             for low, high in visited:

@@ -1,4 +1,4 @@
-"""Execute attention plans over paged KV with PyTorch: the CUDA path, and the fallback of the compiled kernel.
+"""Execute attention plans over paged KV with PyTorch: the fallback of the compiled kernel and of the CUDA kernels.
 
 Dense plans run through fused kernels (`flash`). Long runs of slots are read in place, as views; shorter ones are
 gathered into buffers of at most `FRAGMENT_TOKENS` keys, where a cache of another type than the queries is converted

@@ -47,6 +47,7 @@ class PageTable:
         self.num_pages = 0
         self.page_slots = array("i")  # first slot of every page, for the compiled kernels
         self._runs: list[SlotRun] = []
+        self._device_slots: torch.Tensor | None = None
 
     def append(self, pages: Sequence[int]) -> None:
         """Append page ids."""
@@ -59,6 +60,14 @@ class PageTable:
                 self._runs.append(SlotRun(page * page_size, page_size))
             self.page_slots.append(page * page_size)
         self.num_pages += len(pages)
+
+    def slots_on(self, device: torch.device) -> torch.Tensor:
+        """Return the first slot of every page, `[pages]` int32, on a device; copied there when pages were appended."""
+        known = self._device_slots
+        if known is None or len(known) != self.num_pages or known.device != device:
+            known = torch.tensor(self.page_slots, dtype=torch.int32).to(device)
+            self._device_slots = known
+        return known
 
     def runs(self, start: int, stop: int) -> list[SlotRun]:
         """Return the slots of positions `start .. stop - 1` as runs, in order.

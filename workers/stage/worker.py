@@ -23,7 +23,7 @@ from protos.stage.messages import (
     StepPlan,
     StepResult,
 )
-from workers.attention.flash import compute_family
+from workers.attention.cuda import compute_family
 from workers.kv.block_file import BlockShape, Part
 from workers.kv.block_pages import BlockPages, open_pages
 from workers.kv.block_store import BlockStore

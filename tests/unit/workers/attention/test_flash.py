@@ -13,7 +13,7 @@ import torch
 from tests.support.oracles.attention import attend_reference
 from workers.attention import flash as module
 from workers.attention import torch_backend
-from workers.attention.flash import compute_family, flash, supports_flash_attn
+from workers.attention.flash import compute_family, flash, has_fast_kernel, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Queries
 from workers.kernels.build import kernel_family
 from workers.kv.paged import PagedKV, PageTable
@@ -115,6 +115,48 @@ def test_a_broken_installation_is_reported_once(
         assert not supports_flash_attn(CUDA, torch.bfloat16, 128)
     (record,) = caplog.records
     assert record.getMessage().startswith("flash-attn is installed but cannot be imported (cannot import name")
+
+
+class Cudnn:
+    """The contract of PyTorch's operator for cuDNN in plain PyTorch, or an error of it."""
+
+    def __init__(self, error: float = 0.0, refuses: str = "") -> None:
+        self.error, self.refuses = error, refuses
+
+    def _scaled_dot_product_cudnn_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: None, compute_log_sumexp: bool,
+        dropout_p: float = 0.0, is_causal: bool = False, return_debug_mask: bool = False, *, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
+        assert compute_log_sumexp
+        if self.refuses:
+            raise RuntimeError(self.refuses)
+        out, lse = exact(q[0].transpose(0, 1), k[0], v[0], is_causal, scale)
+        return out.transpose(0, 1)[None].to(q.dtype), (lse + self.error).float().T[None, ..., None], None
+
+
+@pytest.mark.parametrize(
+    ("operator", "expected"),
+    [(Cudnn(), True), (Cudnn(error=0.7), False), (Cudnn(refuses="no plan\nat line 7"), False)],
+)
+def test_cudnn_is_used_where_it_agrees(operator: Cudnn, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "aten", operator)
+    works = module._cudnn_works.__wrapped__
+    assert works(CPU, torch.bfloat16, DIM) is expected
+
+
+def test_pytorch_here_has_no_cudnn() -> None:
+    assert not module._cudnn_works(CPU, torch.bfloat16, DIM)
+
+
+@pytest.mark.usefixtures("installed")
+def test_kernels_made_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_cudnn_works", lambda *_: True)
+    assert has_fast_kernel(CUDA, torch.bfloat16, 264), "cuDNN's, where flash-attn takes no such heads"
+    assert not has_fast_kernel(CUDA, torch.float32, 128)
+    assert not has_fast_kernel(CPU, torch.bfloat16, 128)
+    monkeypatch.setattr(module, "_cudnn_works", lambda *_: False)
+    assert not has_fast_kernel(CUDA, torch.bfloat16, 264)
+    assert has_fast_kernel(CUDA, torch.bfloat16, 128)
 
 
 def random_rows(rows: int, keys: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:

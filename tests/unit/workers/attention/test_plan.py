@@ -113,3 +113,18 @@ def test_a_rotation_that_is_not_there_is_named() -> None:
     assert queries.succ is None
     with pytest.raises(AssertionError, match="needs SUCC queries"):
         queries.of(Rotation.SUCC)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 67), (333, 64), (333, 131)])
+def test_whole_tiles(start: int, rows: int, tile: int) -> None:
+    """The last tile visits what it would as a whole one in a longer cell, before its own last row."""
+    rng = random.Random(tile + rows)
+    whole = -(-rows // tile) * tile
+    heads = tuple(random_selection(start + rows, rng) for _ in range(3))
+    plan = AttentionPlan(start, rows, heads=heads, tile=tile, whole_tiles=True)
+    longer = AttentionPlan(start, whole, heads=heads, tile=tile)
+    for head in range(3):
+        tags, wanted = plan_tags(plan, head, start + whole), plan_tags(longer, head, start + whole)
+        assert torch.equal(tags, wanted[:rows])
+        assert plan.visited_pairs(head) == int((tags != UNVISITED).sum())

@@ -40,6 +40,19 @@ def test_runs_are_the_slots_of_every_position(page_size: int, pages: list[int], 
     assert all(a.first + a.length != b.first for a, b in itertools.pairwise(runs)), "neighbours are one run"
 
 
+def test_the_pages_are_copied_to_a_device_when_there_are_new_ones() -> None:
+    table, cpu = PageTable(16), torch.device("cpu")
+    table.append([3, 1])
+    first = table.slots_on(cpu)
+    assert first.tolist() == [48, 16]
+    assert first.dtype == torch.int32
+    assert table.slots_on(cpu) is first
+    table.append([7])
+    assert table.slots_on(cpu).tolist() == [48, 16, 112]
+    assert first.tolist() == [48, 16]
+    assert table.slots_on(torch.device("meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_neighbouring_pages_are_one_run(page_size: int):
     table = PageTable(page_size)
