@@ -26,7 +26,7 @@ _CELL_FIELDS, _CHUNK_FIELDS = tl.constexpr(NUM_CELL_FIELDS), tl.constexpr(NUM_CH
 
 
 @triton.jit
-def _load_queries(
+def load_queries(
     queries, rotation, cell, head, own, num_cells, HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def lse_kernel(
     m = tl.arange(0, SHARED * ROWS)
     of_group = part % SETS * SHARED + m // ROWS
     head, own = kv_head * GROUP + of_group, of_group < GROUP
-    q = _load_queries(queries, rotation, cell, head, own, num_cells, HEADS, ROWS, DIM, DOT)
+    q = load_queries(queries, rotation, cell, head, own, num_cells, HEADS, ROWS, DIM, DOT)
     scale = tl.load(scales + cell * ROWS + m % ROWS)
     limit = tl.minimum(seen - ROWS + m % ROWS, stop - 1)  # the last key of the chunk that the row sees
     n = tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def lse_kernel(
     total = tl.zeros([SHARED * ROWS], tl.float32)
     for at in range(start, stop, BLOCK):
         key = at + n
-        logits = tl.dot(q, tl.trans(_load_keys(base, key, stop, DIM).to(DOT))) * scale[:, None]
+        logits = tl.dot(q, tl.trans(load_keys(base, key, stop, DIM).to(DOT))) * scale[:, None]
         logits = tl.where(key[None, :] <= limit[:, None], logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(new == float("-inf"), 0.0, new)
@@ -93,7 +93,7 @@ def merge_kernel(lse, partial, cells, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(base, key, stop, DIM: tl.constexpr):
+def load_keys(base, key, stop, DIM: tl.constexpr):
     """Load keys `[keys, D]`, 0 from `stop` on."""
     at = base + key[:, None].to(tl.int64) * DIM + tl.arange(0, DIM)[None, :]
     return tl.load(at, mask=key[:, None] < stop, other=0.0)
@@ -152,16 +152,16 @@ def sums_kernel(
         position = seen - ROWS + row - SKIP_OFFSETS  # the last key that counts
         base = keys + kv_head.to(tl.int64) * key_head + first_row.to(tl.int64) * DIM
         for turn in range(2):  # the keys before the chunk, then its own
-            q = _load_queries(queries, tl.load(chunk + 4 - turn), cell, head, is_head, num_cells, HEADS, ROWS, DIM, DOT)
+            q = load_queries(queries, tl.load(chunk + 4 - turn), cell, head, is_head, num_cells, HEADS, ROWS, DIM, DOT)
             low, high = tl.where(turn == 0, tl.maximum(start - BLOCK, 0), start), tl.where(turn == 0, start, stop)
-            k = _load_keys(base, low + n, high, DIM)
+            k = load_keys(base, low + n, high, DIM)
             for at in range(low, high, BLOCK):
                 before, slot = slot, (slot + 1) % SLOTS
                 key = at + n
                 mass = tl.exp2(tl.dot(k.to(DOT), tl.trans(q)) * scale[None, :] - total[None, :])
                 is_counted = (key < high) & (key >= SKIP_COLUMNS)
                 mass = tl.where((key[:, None] <= position[None, :]) & is_counted[:, None], mass, 0.0)
-                k = _load_keys(base, key + BLOCK, high, DIM)  # of the next turn: the barrier keeps Triton from it
+                k = load_keys(base, key + BLOCK, high, DIM)  # of the next turn: the barrier keeps Triton from it
                 put = own + m[None, :] * (SLOTS * BLOCK) + slot * BLOCK + n[:, None]
                 tl.store(put, (mass * _FP16_SCALE).to(tl.float16))
                 tl.debug_barrier()  # between its threads; a slot is written again two barriers after it was read

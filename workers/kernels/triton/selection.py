@@ -122,6 +122,18 @@ def compact_kernel(
     tl.store(masses + row, tl.sum(mass))
 
 
+@triton.jit
+def mass_kernel(masses: tl.tensor, words: tl.tensor, scores: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Sum the scores of a row whose bits are set, program `(cell, head)`: `masses` `[C * H]`."""
+    row = tl.program_id(0)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for at in range(0, width, BLOCK):
+        index = at + tl.arange(0, BLOCK)
+        word = tl.load(words + row.to(tl.int64) * (width // 32) + index // 32, mask=index < width, other=0)
+        mass += tl.load(scores + row.to(tl.int64) * width + index, mask=(word >> (index % 32)) & 1 != 0, other=0.0)
+    tl.store(masses + row, tl.sum(mass))
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What the heads keep of one kind, columns or offsets.
@@ -171,3 +183,10 @@ def compact(
         ADAPTIVE=adaptive, LISTED=room > 0, BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
     return Kept(words, indices, totals, masses)
+
+
+def kept_masses(words: torch.Tensor, scores: torch.Tensor, block: int = _BLOCK) -> torch.Tensor:
+    """Sum the `scores` `[C, H, N]` whose bits `words` `[C, H, W]` are set: `[C, H]` float32."""
+    masses = torch.empty(scores.shape[:2], dtype=torch.float32, device=scores.device)
+    mass_kernel[(masses.numel(),)](masses, words, scores, scores.shape[2], BLOCK=block, num_warps=_WARPS)
+    return masses
