@@ -14,6 +14,7 @@ from workers.kernels.triton.estimate import SampledQueries, dot_type, load_keys,
 from workers.kernels.triton.selection import Kept
 
 _CELL_FIELDS, _CHUNK_FIELDS = tl.constexpr(NUM_CELL_FIELDS), tl.constexpr(NUM_CHUNK_FIELDS)
+_WINDOW = tl.constexpr(64)  # keys of a tile of held-out rows
 _OVERLAP_PROGRAMS = 32  # of a head; each takes every 32nd tile of columns
 
 
@@ -24,12 +25,25 @@ def _has_bit(words: tl.tensor, index: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _window(words: tl.tensor, first: tl.tensor, num_words: tl.tensor, mask: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Load bits `first .. first + 63` of every row as two words; bits outside of the words are 0.
+
+    Reading them by rows takes no exchange between threads: the layout of a product's rows is that of the words.
+    """
+    at, shift = first >> 5, (first & 31).to(tl.uint32)
+    one = tl.load(words + at, mask=mask & (at >= 0) & (at < num_words), other=0).to(tl.uint32, bitcast=True)
+    two = tl.load(words + at + 1, mask=mask & (at >= -1) & (at + 1 < num_words), other=0).to(tl.uint32, bitcast=True)
+    three = tl.load(words + at + 2, mask=mask & (at >= -2) & (at + 2 < num_words), other=0).to(tl.uint32, bitcast=True)
+    return (one >> shift) | ((two << 1) << (31 - shift)), (two >> shift) | ((three << 1) << (31 - shift))
+
+
+@triton.jit
 def held_out_kernel(
     partial: tl.tensor, positions: tl.tensor, offset_words: tl.tensor, column_words: tl.tensor, queries: tl.tensor,
     scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor, num_cells: tl.tensor, num_items: tl.tensor,
     key_head: tl.tensor, num_words: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sum the attention of up to `SHARED` heads' rows over one chunk of keys, all of it and what is kept.
 
@@ -51,18 +65,21 @@ def held_out_kernel(
     q = load_queries(queries, rotation, cell, head, own, num_cells, HEADS, ROWS, DIM, DOT)
     scale = tl.load(scales + cell * ROWS + m % ROWS)
     position = tl.load(positions + cell * ROWS + m % ROWS, mask=own, other=-1)
-    of_head = (cell * HEADS + head).to(tl.int64)[:, None] * num_words
+    of_head = (cell * HEADS + head).to(tl.int64) * num_words
     base = keys + kv_head.to(tl.int64) * key_head + first_row.to(tl.int64) * DIM
     largest = tl.full([SHARED * ROWS], float("-inf"), tl.float32)
     total, kept = tl.zeros([SHARED * ROWS], tl.float32), tl.zeros([SHARED * ROWS], tl.float32)
-    for at in range(start, stop, BLOCK):
-        key = at + tl.arange(0, BLOCK)
+    n = tl.arange(0, _WINDOW)
+    for at in range(start, stop, _WINDOW):
+        key = at + n
+        near, far = _window(offset_words + of_head, position - at - (_WINDOW - 1), num_words, own)
+        first, second = _window(column_words + of_head, at + tl.zeros_like(position), num_words, own)
         logits = tl.dot(q, tl.trans(load_keys(base, key, stop, DIM).to(DOT))) * scale[:, None]
-        distance = position[:, None] - key[None, :]
-        is_seen = (distance >= 0) & (key < stop)[None, :]
+        is_seen = key[None, :] <= tl.minimum(position, stop - 1)[:, None]
         logits = tl.where(is_seen, logits, float("-inf"))
-        is_kept = _has_bit(offset_words + of_head, distance, is_seen)
-        is_kept = is_kept | _has_bit(column_words + of_head, tl.broadcast_to(key[None, :], is_seen.shape), is_seen)
+        by_offset = tl.where(n[None, :] < 32, far[:, None], near[:, None]) >> (31 - n % 32)[None, :].to(tl.uint32)
+        by_column = tl.where(n[None, :] < 32, first[:, None], second[:, None]) >> (n % 32)[None, :].to(tl.uint32)
+        is_kept = ((by_offset | by_column) & 1) != 0
         new = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(new == float("-inf"), 0.0, new)
         mass, decay = tl.exp2(logits - finite[:, None]), tl.exp2(largest - finite)
@@ -157,7 +174,7 @@ def held_out_shares(
     held_out_kernel[(items,)](
         partial, positions, offsets.words, columns.words, sample.queries, sample.scales, keys, tables.cells,
         tables.chunks, num_cells, num_items, keys.stride(0), offsets.words.shape[2], HEADS=heads, GROUP=group,
-        ROWS=rows, DIM=dim, SHARED=shared, BLOCK=shape.block, DOT=dot_type(keys), num_warps=shape.warps,
+        ROWS=rows, DIM=dim, SHARED=shared, DOT=dot_type(keys), num_warps=shape.warps,
     )  # fmt: skip
     share_kernel[(num_cells, heads)](shares, partial, positions, tables.cells, num_items, heads, rows)
     return shares
