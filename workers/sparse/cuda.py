@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # they need Triton
 
 _LOG2_E = math.log2(math.e)
 _EVERYTHING = 1 << 30  # a budget that no context reaches
+PROPOSALS = 12  # of adaptive budgets; the host does not know when the search is over
 _MIN_ROWS = 16  # of a matrix product
 
 
@@ -197,8 +198,9 @@ class StepSelection:
         from workers.kernels.triton.recall import overlap
         from workers.kernels.triton.selection import compact, thresholds
 
-        programs = _programs(self._device)
-        sums = estimate(sample, keys, self.tables, self._shape, programs)
+        if self._spec.is_adaptive and not self._spec.synthetic:
+            return self._adaptive(sample, keys)
+        sums = estimate(sample, keys, self.tables, self._shape, _programs(self._device))
         if self._spec.synthetic:
             columns, offsets = self._synthetic(layer, sums)
         else:
@@ -211,6 +213,31 @@ class StepSelection:
         done = (offsets.totals >= self._seen).int()
         twice = overlap(sample, sums.lse, offsets, columns, done, keys, self.tables, self._shape)
         return columns, offsets, columns.masses + offsets.masses - twice
+
+    def _adaptive(self, sample: SampledQueries, keys: torch.Tensor) -> tuple[Kept, Kept, torch.Tensor]:
+        """Return what adaptive budgets keep, after a fixed number of proposals, the last of which is everything."""
+        from workers.kernels.triton.adaptive import GROUP, Search
+        from workers.kernels.triton.estimate import estimate
+        from workers.kernels.triton.recall import overlap
+        from workers.kernels.triton.selection import compact_proposal
+
+        forced = FORCED_COLUMNS, -(-FORCED_OFFSETS // GROUP) * GROUP
+        sums = estimate(sample, keys, self.tables, self._shape, _programs(self._device), forced)
+        num_rows = self._num_rows[:, 0]
+        search = Search.begin(sums.columns, sums.offsets, num_rows, self._spec.target_recall * num_rows, self.tables)
+        columns: Kept | None = None
+        offsets: Kept | None = None
+        kept = search.base
+        for step in range(PROPOSALS):
+            search.propose(kept, step, step == PROPOSALS - 1)
+            found = search.thresholds, search.quotas
+            columns = compact_proposal(columns, sums.columns, found, search.done, FORCED_COLUMNS, self.tables)
+            offsets = search.kept_offsets(offsets, forced[1])
+            twice = overlap(sample, sums.lse, offsets, columns, search.done, keys, self.tables, self._shape, forced)
+            kept = torch.where(search.done != 0, kept, search.base + columns.masses + offsets.masses - twice)
+        assert columns is not None
+        assert offsets is not None
+        return columns, offsets, kept
 
     def _synthetic(self, layer: int, sums: DeviceSums) -> tuple[Kept, Kept]:
         """Return `synthetic_selection` of every head, made on the host."""

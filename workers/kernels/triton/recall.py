@@ -15,7 +15,7 @@ from workers.kernels.triton.selection import Kept
 
 _CELL_FIELDS, _CHUNK_FIELDS = tl.constexpr(NUM_CELL_FIELDS), tl.constexpr(NUM_CHUNK_FIELDS)
 _WINDOW = tl.constexpr(64)  # keys of a tile of held-out rows
-_OVERLAP_PROGRAMS = 32  # of a head; each takes every 32nd tile of columns
+_OVERLAP_PROGRAMS = 32  # of a head, at most; each takes every 32nd tile of columns
 
 
 @triton.jit
@@ -193,8 +193,9 @@ def overlap(
     """
     assert columns.indices is not None
     _, num_cells, heads, rows, dim = sample.queries.shape
-    partial = torch.empty((num_cells, heads, _OVERLAP_PROGRAMS), device=keys.device)
-    overlap_kernel[(num_cells * heads, _OVERLAP_PROGRAMS)](
+    programs = min(_OVERLAP_PROGRAMS, -(-columns.indices.shape[2] // shape.block))
+    partial = torch.empty((num_cells, heads, programs), device=keys.device)
+    overlap_kernel[(num_cells * heads, programs)](
         partial, offsets.words, columns.indices, columns.totals, lse, sample.queries, sample.scales, keys, tables.cells,
         done, num_cells, keys.stride(0), offsets.words.shape[2], columns.indices.shape[2], HEADS=heads,
         GROUP=heads // keys.shape[0], ROWS=rows, DIM=dim, BLOCK=shape.block, DOT=dot_type(keys),

@@ -83,7 +83,7 @@ def pack_bits(kept: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 @triton.jit
 def compact_kernel(
     words: tl.tensor, indices: tl.tensor, totals: tl.tensor, masses: tl.tensor, scores: tl.tensor,
-    thresholds: tl.tensor, quotas: tl.tensor, cells: tl.tensor, width: tl.tensor, room: tl.tensor,
+    thresholds: tl.tensor, quotas: tl.tensor, done: tl.tensor, cells: tl.tensor, width: tl.tensor, room: tl.tensor,
     HEADS: tl.constexpr, FORCED: tl.constexpr, ADAPTIVE: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write what a row keeps, program `(cell, head)`.
@@ -92,6 +92,7 @@ def compact_kernel(
         words: `[C * H, W]`, a bit for every index.
         indices: `[C * H, V]`, the indices in ascending order; with `LISTED` only. `room` is `V`; the rest is dropped.
         totals, masses: `[C * H]`, the number of indices, and the sum of their scores.
+        done: `[C * H]`, rows to leave as they are; with `ADAPTIVE` only.
     """
     row = tl.program_id(0)
     seen = tl.load(cells + row // HEADS * _CELL_FIELDS)
@@ -99,6 +100,9 @@ def compact_kernel(
     forced = tl.minimum(FORCED, seen)
     values = scores + row.to(tl.int64) * width
     equal, total, mass = row * 0, row * 0, tl.zeros([BLOCK], tl.float32)
+    if ADAPTIVE:
+        if tl.load(done + row) != 0:
+            return
     for at in tl.range(0, width, BLOCK, num_stages=3):
         index = at + tl.arange(0, BLOCK)
         ranks = load_ranks(values, index, forced, seen, ADAPTIVE)
@@ -165,24 +169,49 @@ def thresholds(
 
 def compact(
     scores: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], forced: int, tables: CellTables, room: int = 0,
-    adaptive: bool = False, block: int = _BLOCK,
+    block: int = _BLOCK,
 ) -> Kept:  # fmt: skip
     """Write the indices of `scores` `[C, H, N]` that lie above thresholds, or equal them within quotas.
 
     Args:
         room: `V`; 0: bits only.
-        adaptive: thresholds are those of adaptive budgets for columns.
     """
+    kept = _empty(scores, room)
+    _compact(kept, scores, found, None, forced, tables, block)
+    return kept
+
+
+def compact_proposal(
+    before: Kept | None, scores: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], done: torch.Tensor,
+    forced: int, tables: CellTables, block: int = _BLOCK,
+) -> Kept:  # fmt: skip
+    """Write the columns of a proposal of adaptive budgets, in place of those of the one `before`.
+
+    Heads that are `done` `[C, H]` keep theirs. There is room for all columns.
+    """
+    kept = before or _empty(scores, scores.shape[2])
+    _compact(kept, scores, found, done, forced, tables, block)
+    return kept
+
+
+def _empty(scores: torch.Tensor, room: int) -> Kept:
     num_cells, heads, width = scores.shape
     words = torch.empty((num_cells, heads, width // 32), dtype=torch.int32, device=scores.device)
     indices = torch.empty((num_cells, heads, room), dtype=torch.int32, device=scores.device) if room else None
     totals = torch.empty((num_cells, heads), dtype=torch.int32, device=scores.device)
-    masses = torch.empty((num_cells, heads), dtype=torch.float32, device=scores.device)
+    return Kept(words, indices, totals, torch.empty_like(totals, dtype=torch.float32))
+
+
+def _compact(
+    kept: Kept, scores: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], done: torch.Tensor | None, forced: int,
+    tables: CellTables, block: int,
+) -> None:  # fmt: skip
+    num_cells, heads, width = scores.shape
+    room = 0 if kept.indices is None else kept.indices.shape[2]
     compact_kernel[(num_cells * heads,)](
-        words, indices, totals, masses, scores, *found, tables.cells, width, room, HEADS=heads, FORCED=forced,
-        ADAPTIVE=adaptive, LISTED=room > 0, BLOCK=block, num_warps=_WARPS,
+        kept.words, kept.indices, kept.totals, kept.masses, scores, *found, done, tables.cells, width, room,
+        HEADS=heads, FORCED=forced, ADAPTIVE=done is not None, LISTED=room > 0, BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
-    return Kept(words, indices, totals, masses)
 
 
 def kept_masses(words: torch.Tensor, scores: torch.Tensor, block: int = _BLOCK) -> torch.Tensor:
