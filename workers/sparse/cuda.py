@@ -2,7 +2,7 @@
 
 It selects what `vertical_slash.choose` does, for all cells and heads at once, and leaves the result on the device: the
 lists that the attention kernel reads, and the figures of the reports, which are read once, after the step. Nothing here
-waits for the device but `CellFigures.reports`.
+waits for the device but `StepSelection.figures`.
 
 Legend: `C` cells of the step, `H` query heads of the shard, `K` KV heads, `G = H // K`, `R` sampled rows of a cell
 (with unused places), `D` head dim, `T` rows of the step.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,14 +20,14 @@ import torch
 
 from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Queries
-from workers.kernels.triton.cells import CellSpan, CellTables, TileShape, to_device
+from workers.kernels.triton.lists import TILES, CellLists
+from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape, to_device
 from workers.sparse.selection import FORCED_COLUMNS, FORCED_OFFSETS, SYNTHETIC_COLUMNS, synthetic_selection
 from workers.sparse.vertical_slash import cell_number, estimate_rows, held_out_rows, warn_cap, warn_dense
 
 if TYPE_CHECKING:  # they need Triton
-    from workers.kernels.triton.device_lists import DeviceLists
-    from workers.kernels.triton.estimate import DeviceSums, SampledQueries
-    from workers.kernels.triton.selection import Kept
+    from workers.kernels.triton.sparse.estimate import DeviceSums, SampledQueries
+    from workers.kernels.triton.sparse.selection import Kept
 
 _LOG2_E = math.log2(math.e)
 _EVERYTHING = 1 << 30  # a budget that no context reaches
@@ -46,7 +46,6 @@ class SparseCell:
     scales: torch.Tensor
     row: int
     first_key: int = 0
-    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Sampled:
 
     def pack(self, queries: Queries) -> SampledQueries:
         """Return queries of the sampled rows `[C * R, H, D]`, in the order of `rows`, as the kernels read them."""
-        from workers.kernels.triton.estimate import SampledQueries
+        from workers.kernels.triton.sparse.estimate import SampledQueries
 
         intra = queries.intra
         shape = (*self.rows.shape, *intra.shape[1:])
@@ -100,29 +99,16 @@ class HeadBudgets:
         return columns, offsets
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CellFigures:
-    """What the reports of a step say, on the device until it ends: per layer `[4, C, H]` float64."""
+    """What a `CellReport` says of one layer and one cell (counted within the step); lists have an entry a head."""
 
-    layers: list[int] = field(default_factory=list)
-    figures: list[torch.Tensor] = field(default_factory=list)
-
-    def reports(self, spec: SparseSpec) -> list[tuple[int, int, tuple[list[float], ...]]]:
-        """Wait for the device and return `(layer, cell, (density, estimated recall, held-out recall, dense))`.
-
-        Every list has a number a head. Warns of heads that stay sparse because of `max_dense_share`.
-        """
-        if not self.figures:
-            return []
-        values = torch.stack(self.figures).cpu().numpy()
-        held_out, dense = values[:, 2], values[:, 3]
-        if not spec.synthetic and bool(((held_out < spec.recall_floor) & (dense == 0)).any()):
-            warn_cap(spec.max_dense_share, spec.recall_floor)
-        return [
-            (layer, cell, tuple(one.tolist() for one in values[at, :, cell]))
-            for at, layer in enumerate(self.layers)
-            for cell in range(values.shape[2])
-        ]
+    layer: int
+    cell: int
+    density: list[float]
+    estimated_recall: list[float]
+    held_out_recall: list[float]
+    dense: list[bool]
 
 
 class StepSelection:
@@ -130,7 +116,7 @@ class StepSelection:
 
     def __init__(
         self, spec: SparseSpec, cells: Sequence[SparseCell], budgets: HeadBudgets, kv_heads: int,
-        device: torch.device | str, tile: int = 128, shape: TileShape | None = None,
+        device: torch.device | str, tile: int = TILES[0], shape: TileShape | None = None,
     ) -> None:  # fmt: skip
         """Make tables and copy them to the device, without waiting for it.
 
@@ -167,10 +153,15 @@ class StepSelection:
         if torch.device(device).type == "cuda":
             numbers = numbers.pin_memory().to(device, non_blocking=True)
         self._seen, self._num_rows, self._causal, self._dense_room = numbers.T[..., None]
-        self.figures = CellFigures()
+        self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
+        self._visited: list[torch.Tensor] = []  # [C, H]
 
-    def select(self, layer: int, estimate: SampledQueries, held_out: SampledQueries, keys: torch.Tensor) -> DeviceLists:
-        """Select the keys of every head in every cell, and record what the selection keeps.
+    def select(
+        self, layer: int, estimate: SampledQueries, held_out: SampledQueries, keys: torch.Tensor
+    ) -> list[CellLists]:
+        """Select the keys of every head in every cell; return the lists of each cell, and note what they keep.
+
+        Attention over the lists follows, and then `note_visited`.
 
         Args:
             layer: counted in the model.
@@ -178,8 +169,8 @@ class StepSelection:
             held_out: rows of `self.held_out`, with true rotations.
             keys: `[K, rows, D]`, those of every sequence contiguous and in order of position.
         """
-        from workers.kernels.triton.device_lists import make_lists
-        from workers.kernels.triton.recall import held_out_shares
+        from workers.kernels.triton.sparse.device_lists import make_lists
+        from workers.kernels.triton.sparse.recall import held_out_shares
 
         columns, offsets, mass = self._kept(layer, estimate, keys)
         is_whole = offsets.totals >= self._seen
@@ -187,16 +178,38 @@ class StepSelection:
         share = held_out_shares(held_out, self.held_out.positions, offsets, columns, keys, self.tables, self._shape)
         share = torch.where(is_whole, 1.0, share.double())
         dense = self._fall_back(share)
-        lists = make_lists(offsets, columns, dense.int(), self.tables, self._tile)
-        self.figures.layers.append(layer)
-        self.figures.figures.append(torch.stack([lists.pairs / self._causal, recall, share, dense.double()]))
-        return lists
+        self._figures.append((layer, torch.stack([recall, share, dense.double()])))
+        return make_lists(offsets, columns, dense.int(), self.tables, self._tile)
+
+    def note_visited(self, pairs: Sequence[torch.Tensor]) -> None:
+        """Note the pairs that attention visited in the layer selected last, `[H]` for every cell."""
+        self._visited.append(torch.stack(list(pairs)))
+
+    def figures(self) -> list[CellFigures]:
+        """Wait for the device and return the figures of every layer and cell, in the order of layers.
+
+        Warns if heads stay sparse because of `max_dense_share`.
+        """
+        if not self._figures:
+            return []
+        assert len(self._visited) == len(self._figures)
+        density = torch.stack(self._visited) / self._causal
+        values = torch.cat([density[:, None], torch.stack([one for _, one in self._figures])], dim=1).cpu().numpy()
+        held_out, dense = values[:, 2], values[:, 3]
+        if not self._spec.synthetic and bool(((held_out < self._spec.recall_floor) & (dense == 0)).any()):
+            warn_cap(self._spec.max_dense_share, self._spec.recall_floor)
+        found = []
+        for at, (layer, _) in enumerate(self._figures):
+            for cell in range(values.shape[2]):
+                visited, recall, share, is_dense = values[at, :, cell].tolist()
+                found.append(CellFigures(layer, cell, visited, recall, share, [one != 0 for one in is_dense]))
+        return found
 
     def _kept(self, layer: int, sample: SampledQueries, keys: torch.Tensor) -> tuple[Kept, Kept, torch.Tensor]:
         """Return kept columns and offsets, and the mass `[C, H]` that they keep of the estimate."""
-        from workers.kernels.triton.estimate import estimate
-        from workers.kernels.triton.recall import overlap
-        from workers.kernels.triton.selection import compact, thresholds
+        from workers.kernels.triton.sparse.estimate import estimate
+        from workers.kernels.triton.sparse.recall import overlap
+        from workers.kernels.triton.sparse.selection import compact, thresholds
 
         if self._spec.is_adaptive and not self._spec.synthetic:
             return self._adaptive(sample, keys)
@@ -216,10 +229,10 @@ class StepSelection:
 
     def _adaptive(self, sample: SampledQueries, keys: torch.Tensor) -> tuple[Kept, Kept, torch.Tensor]:
         """Return what adaptive budgets keep, after a fixed number of proposals, the last of which is everything."""
-        from workers.kernels.triton.adaptive import GROUP, Search
-        from workers.kernels.triton.estimate import estimate
-        from workers.kernels.triton.recall import overlap
-        from workers.kernels.triton.selection import compact_proposal
+        from workers.kernels.triton.sparse.adaptive import GROUP, Search
+        from workers.kernels.triton.sparse.estimate import estimate
+        from workers.kernels.triton.sparse.recall import overlap
+        from workers.kernels.triton.sparse.selection import compact_proposal
 
         forced = FORCED_COLUMNS, -(-FORCED_OFFSETS // GROUP) * GROUP
         sums = estimate(sample, keys, self.tables, self._shape, _programs(self._device), forced)
@@ -241,7 +254,7 @@ class StepSelection:
 
     def _synthetic(self, layer: int, sums: DeviceSums) -> tuple[Kept, Kept]:
         """Return `synthetic_selection` of every head, made on the host."""
-        from workers.kernels.triton.selection import Kept, kept_masses
+        from workers.kernels.triton.sparse.selection import Kept, kept_masses
 
         width = self.tables.width
         sizes = len(self._starts), len(self._budgets.heads)

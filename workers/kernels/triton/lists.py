@@ -42,11 +42,11 @@ class Rows:
 class CellLists:
     """The lists of every head of one cell, int32 on one device; B, C and W are capacities, the same for all heads.
 
-    `blocks` `[H, B]` are distances from the last row of a tile to the first key of a block, far ones first; a block has
-    `counts` `[H, B]` keys, 1 to `BLOCK`, and none that another one has. `num_blocks` `[H]` of them are set. Bit `d % 32`
-    of word `d // 32` of `bitmap` `[H, W]` tells whether distance `d` from the last row of a tile lies in a block, for
-    all `d < stop + tile`, where `stop` is the position after the cell. `columns` `[H, C]` are key positions, ascending,
-    of which `num_columns` `[H]` are set.
+    `blocks` `[H, B]` are distances from the last row of a tile to the first key of a block, far ones first. A block has
+    `counts` `[H, B]` keys, 1 to `BLOCK`, and none that another one has; `num_blocks` `[H]` of them are set. `columns`
+    `[H, C]` are key positions, ascending; `num_columns` `[H]` of them are set. Bit `d % 32` of word `d // 32` of
+    `bitmap` `[H, W]` tells whether distance `d` from the last row of a tile lies in a block, for all `d < stop + tile`
+    where `stop` is the position after the cell.
     """
 
     blocks: torch.Tensor

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.cells import NUM_CELL_FIELDS, CellTables
+from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, CellTables
 
 _CELL_FIELDS = tl.constexpr(NUM_CELL_FIELDS)
 _INFINITY = tl.constexpr(0x7F800000)  # its bits
@@ -100,7 +100,7 @@ def compact_kernel(
     forced = tl.minimum(FORCED, seen)
     values = scores + row.to(tl.int64) * width
     equal, total, mass = row * 0, row * 0, tl.zeros([BLOCK], tl.float32)
-    if ADAPTIVE:
+    if ADAPTIVE:  # noqa: SIM102
         if tl.load(done + row) != 0:
             return
     for at in tl.range(0, width, BLOCK, num_stages=3):
@@ -197,7 +197,7 @@ def compact_proposal(
 def _empty(scores: torch.Tensor, room: int) -> Kept:
     num_cells, heads, width = scores.shape
     words = torch.empty((num_cells, heads, width // 32), dtype=torch.int32, device=scores.device)
-    indices = torch.empty((num_cells, heads, room), dtype=torch.int32, device=scores.device) if room else None
+    indices = torch.zeros((num_cells, heads, room), dtype=torch.int32, device=scores.device) if room else None
     totals = torch.empty((num_cells, heads), dtype=torch.int32, device=scores.device)
     return Kept(words, indices, totals, torch.empty_like(totals, dtype=torch.float32))
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.cells import NUM_CELL_FIELDS, NUM_CHUNK_FIELDS, CellTables, TileShape
+from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, NUM_CHUNK_FIELDS, CellTables, TileShape
 
 SLOTS = tl.constexpr(3)  # tiles of probabilities that a program keeps: two are read while one is written
 _FP16_SCALE = tl.constexpr(32768.0)  # probabilities down to 2e-9 keep 11 bits in float16
@@ -27,9 +27,9 @@ _CELL_FIELDS, _CHUNK_FIELDS = tl.constexpr(NUM_CELL_FIELDS), tl.constexpr(NUM_CH
 
 @triton.jit
 def load_queries(
-    queries, rotation, cell, head, own, num_cells, HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
+    queries: tl.tensor, rotation: tl.tensor, cell: tl.tensor, head: tl.tensor, own: tl.tensor, num_cells: tl.tensor,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DOT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Load `[P * R, D]`: rows of the heads `head` `[P * R]`, 0 where `own` is not set."""
     m, dim = tl.arange(0, head.shape[0]), tl.arange(0, DIM)
     at = ((rotation * num_cells + cell) * HEADS + head) * ROWS + m % ROWS
@@ -38,10 +38,11 @@ def load_queries(
 
 @triton.jit
 def lse_kernel(
-    partial, queries, scales, keys, cells, chunks, num_cells, key_head,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    partial: tl.tensor, queries: tl.tensor, scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor,
+    num_cells: tl.tensor, key_head: tl.tensor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, BLOCK:
+    tl.constexpr, DOT: tl.constexpr,
+) -> None:  # fmt: skip
     """Compute the log-sum-exp (base 2) of the rows of up to `SHARED` heads over one chunk of keys.
 
     Program `(chunk, heads)`; `partial` `[chunks, H, R]`. Rows are the last of their cell, the last one at `R - 1`.
@@ -74,7 +75,7 @@ def lse_kernel(
 
 
 @triton.jit
-def merge_kernel(lse, partial, cells, HEADS: tl.constexpr, ROWS: tl.constexpr):
+def merge_kernel(lse: tl.tensor, partial: tl.tensor, cells: tl.tensor, HEADS: tl.constexpr, ROWS: tl.constexpr) -> None:
     """Merge the chunks of one cell and head, program `(cell, head)`: `lse` `[C, H, R]`, plus infinity for no row."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, ROWS)
@@ -93,7 +94,7 @@ def merge_kernel(lse, partial, cells, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(base, key, stop, DIM: tl.constexpr):
+def load_keys(base: tl.tensor, key: tl.tensor, stop: tl.tensor, DIM: tl.constexpr) -> tl.tensor:
     """Load keys `[keys, D]`, 0 from `stop` on."""
     at = base + key[:, None].to(tl.int64) * DIM + tl.arange(0, DIM)[None, :]
     return tl.load(at, mask=key[:, None] < stop, other=0.0)
@@ -101,9 +102,10 @@ def load_keys(base, key, stop, DIM: tl.constexpr):
 
 @triton.jit
 def _add_diagonals(
-    offsets, own, slot, before, key, seen, stop, first_head, num_heads, width,
+    offsets: tl.tensor, own: tl.tensor, slot: tl.tensor, before: tl.tensor, key: tl.tensor, seen: tl.tensor, stop:
+    tl.tensor, first_head: tl.tensor, num_heads: tl.tensor, width: tl.tensor,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, SKIP: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Sum the diagonals whose last row meets one of the keys `key`, from the tiles `before` and `slot` of `own`."""
     row, n = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     back = n[None, :] - (ROWS - 1 - row[:, None])  # a row before the last meets an earlier key
@@ -120,10 +122,12 @@ def _add_diagonals(
 
 @triton.jit
 def sums_kernel(
-    columns, offsets, scratch, lse, queries, scales, keys, cells, chunks, num_items, num_cells, key_head, width,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK: tl.constexpr, DOT: tl.constexpr, SKIP_COLUMNS: tl.constexpr, SKIP_OFFSETS: tl.constexpr,
-):  # fmt: skip
+    columns: tl.tensor, offsets: tl.tensor, scratch: tl.tensor, lse: tl.tensor, queries: tl.tensor, scales:
+    tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor, num_items: tl.tensor, num_cells: tl.tensor,
+    key_head: tl.tensor, width: tl.tensor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, BLOCK:
+    tl.constexpr, DOT: tl.constexpr, SKIP_COLUMNS: tl.constexpr, SKIP_OFFSETS: tl.constexpr,
+) -> None:  # fmt: skip
     """Sum probabilities by key and by distance: `columns` and `offsets` `[C, H, width]`, each value written once.
 
     Programs take items `(chunk, heads)` in turn. A chunk begins with the keys before it, whose probabilities belong to
@@ -244,6 +248,6 @@ def dot_type(keys: torch.Tensor) -> tl.dtype:
 
 
 def shared_heads(wanted: int, heads: int, group: int, chunks: int) -> tuple[int, int]:
-    """Return how many of the `group` heads of a KV head share a tile, a power of two, and how many programs there are."""
+    """Return how many heads of a KV head share a tile, a power of two, and how many programs that makes."""
     shared = min(wanted, triton.next_power_of_2(group))
     return shared, chunks * (heads // group) * -(-group // shared)

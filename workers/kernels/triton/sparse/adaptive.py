@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.cells import NUM_CELL_FIELDS, CellTables
-from workers.kernels.triton.selection import Kept, load_ranks
+from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, CellTables
+from workers.kernels.triton.sparse.selection import Kept, load_ranks
 
 GROUP = 64  # offsets
 PATIENCE = 4  # proposals after which each one is longer by an eighth at least

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.cells import NUM_CELL_FIELDS, NUM_CHUNK_FIELDS, CellTables, TileShape
-from workers.kernels.triton.estimate import SampledQueries, dot_type, load_keys, load_queries, shared_heads
-from workers.kernels.triton.selection import Kept
+from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, NUM_CHUNK_FIELDS, CellTables, TileShape
+from workers.kernels.triton.sparse.estimate import SampledQueries, dot_type, load_keys, load_queries, shared_heads
+from workers.kernels.triton.sparse.selection import Kept
 
 _CELL_FIELDS, _CHUNK_FIELDS = tl.constexpr(NUM_CELL_FIELDS), tl.constexpr(NUM_CHUNK_FIELDS)
 _WINDOW = tl.constexpr(64)  # keys of a tile of held-out rows

@@ -1,4 +1,4 @@
-"""`lists.CellLists` made on the device from the bits of what heads keep, and the pairs that the lists visit.
+"""`lists.CellLists` made on the device from the bits of what heads keep.
 
 Distances are prolonged by `TILE - 1` word by word: a kept distance sets the bits above it in its word, the words after
 it, and the bits below it in the word `TILE / 32` further. Runs of set bits are longer than a word, so that a word
@@ -10,18 +10,17 @@ Legend: `C` cells, `H` query heads, `S` keys a cell sees, `W` words of kept dist
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.cells import NUM_CELL_FIELDS, CellTables
-from workers.kernels.triton.lists import BLOCK as KEYS
-from workers.kernels.triton.selection import Kept
+from workers.kernels.triton import lists
+from workers.kernels.triton.lists import CellLists
+from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, CellTables
+from workers.kernels.triton.sparse.selection import Kept
 
 _CELL_FIELDS = tl.constexpr(NUM_CELL_FIELDS)
-_KEYS = tl.constexpr(KEYS)
+_KEYS = tl.constexpr(lists.BLOCK)
 _ALL = tl.constexpr(0xFFFFFFFF)
 
 
@@ -60,7 +59,7 @@ def _place(bit: tl.tensor) -> tl.tensor:
 @triton.jit
 def lists_kernel(
     bitmap: tl.tensor, blocks: tl.tensor, counts: tl.tensor, num_blocks: tl.tensor, num_columns: tl.tensor,
-    nears: tl.tensor, fars: tl.tensor, ends: tl.tensor, num_runs: tl.tensor,
+    nears: tl.tensor, fars: tl.tensor, ends: tl.tensor,
     words: tl.tensor, totals: tl.tensor, column_totals: tl.tensor, dense: tl.tensor, cells: tl.tensor,
     num_words: tl.tensor, map_words: tl.tensor, room: tl.tensor, run_room: tl.tensor, column_room: tl.tensor,
     HEADS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -119,75 +118,12 @@ def lists_kernel(
         tl.store(blocks + wide * room + at, far, mask=at < total)
         tl.store(counts + wide * room + at, count, mask=at < total)
     tl.store(num_blocks + row, total)
-    tl.store(num_runs + row, begun)
-
-
-@triton.jit
-def _pairs_within(distance: tl.tensor, missing: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """Return the pairs of a tile of `rows` rows with keys at distances from 0 to `distance`, of which some are missing.
-
-    A key is seen by the rows after it; `missing` rows are between the tile's last row and the end of a whole tile.
-    """
-    keys = distance - missing + 1
-    few = tl.minimum(tl.maximum(keys, 0), rows)
-    return few * (few + 1) // 2 + tl.maximum(keys - rows, 0) * rows
-
-
-@triton.jit
-def pairs_kernel(
-    pairs: tl.tensor, bitmap: tl.tensor, nears: tl.tensor, fars: tl.tensor, num_runs: tl.tensor, columns: tl.tensor,
-    num_columns: tl.tensor, cells: tl.tensor, map_words: tl.tensor, run_room: tl.tensor, column_room: tl.tensor,
-    HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    """Count the query-key pairs that a tile of a head visits, program `(cell and head, tile)`: `pairs` `[C * H, tiles]`.
-
-    Columns count where their distance from the tile's last row is in no run.
-    """
-    row, tile = tl.program_id(0), tl.program_id(1)
-    wide = row.to(tl.int64)
-    fields = cells + row // HEADS * _CELL_FIELDS
-    stop, start = tl.load(fields), tl.load(fields + 7)
-    first = start + tile * TILE
-    last = first + TILE - 1  # of a whole tile
-    rows = tl.maximum(tl.minimum(TILE, stop - first), 0)
-    total = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, tl.load(num_runs + row), BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        is_run = at < tl.load(num_runs + row)
-        near = tl.load(nears + wide * run_room + at, mask=is_run, other=0)
-        far = tl.minimum(tl.load(fars + wide * run_room + at, mask=is_run, other=-1), last)
-        found = _pairs_within(far, TILE - rows, rows) - _pairs_within(near - 1, TILE - rows, rows)
-        total += tl.where(is_run & (near <= last), found, 0)
-    for begin in range(0, tl.load(num_columns + row), BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        is_column = at < tl.load(num_columns + row)
-        key = tl.load(columns + wide * column_room + at, mask=is_column, other=0)
-        is_column = is_column & (key < first + rows)
-        distance = tl.maximum(last - key, 0)
-        word = tl.load(bitmap + wide * map_words + distance // 32, mask=is_column, other=-1)
-        is_column = is_column & ((word >> (distance % 32)) & 1 == 0)
-        total += tl.where(is_column, tl.minimum(first + rows - key, rows), 0)
-    num_tiles = tl.num_programs(1)
-    tl.store(pairs + wide * num_tiles + tile, tl.sum(total))
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLists:
-    """`CellLists` of all cells of a step: every tensor has a leading dim `C`; and `pairs` `[C, H]` int64 visited."""
-
-    blocks: torch.Tensor
-    counts: torch.Tensor
-    num_blocks: torch.Tensor
-    bitmap: torch.Tensor
-    columns: torch.Tensor
-    num_columns: torch.Tensor
-    pairs: torch.Tensor
 
 
 def make_lists(
     offsets: Kept, columns: Kept, dense: torch.Tensor, tables: CellTables, tile: int, block: int = 1024
-) -> DeviceLists:
-    """Make the lists of every head of all cells.
+) -> list[CellLists]:
+    """Make the lists of every cell.
 
     Args:
         offsets, columns: what the heads keep, distance 0 included; columns are listed.
@@ -196,26 +132,24 @@ def make_lists(
     """
     assert columns.indices is not None
     num_cells, heads, num_words = offsets.words.shape
-    rows, width, device = num_cells * heads, tables.width, offsets.words.device
-    run_room = (width + tile) // (tile + 1) + 1
-    room, map_words = (width + tile) // KEYS + run_room + 1, (width + tile) // 32 + 1
+    run_room = (tables.width + tile) // (tile + 1) + 1
+    room, map_words = (tables.width + tile) // lists.BLOCK + run_room + 1, (tables.width + tile) // 32 + 1
     column_room = columns.indices.shape[2]
 
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty((num_cells, heads, *sizes), dtype=torch.int32, device=device)
+    def zeros(*sizes: int) -> torch.Tensor:
+        return torch.zeros((num_cells, heads, *sizes), dtype=torch.int32, device=offsets.words.device)
 
-    blocks, counts, bitmap = empty(room), empty(room), empty(map_words)
-    nears, fars, ends = empty(run_room), empty(run_room), empty(run_room)
-    num_blocks, num_columns, num_runs = empty(), empty(), empty()
-    lists_kernel[(rows,)](
-        bitmap, blocks, counts, num_blocks, num_columns, nears, fars, ends, num_runs, offsets.words, offsets.totals,
+    blocks, counts, bitmap = zeros(room), zeros(room), zeros(map_words)
+    nears, fars, ends = zeros(run_room), zeros(run_room), zeros(run_room)
+    num_blocks, num_columns = zeros(), zeros()
+    lists_kernel[(num_cells * heads,)](
+        bitmap, blocks, counts, num_blocks, num_columns, nears, fars, ends, offsets.words, offsets.totals,
         columns.totals, dense, tables.cells, num_words, map_words, room, run_room, column_room, HEADS=heads, TILE=tile,
         STEPS=run_room.bit_length(), BLOCK=block, num_warps=8,
     )  # fmt: skip
-    tiles = max(-(-(span.stop - span.start) // tile) for span in tables.spans)
-    pairs = empty(tiles)
-    pairs_kernel[(rows, tiles)](
-        pairs, bitmap, nears, fars, num_runs, columns.indices, num_columns, tables.cells, map_words, run_room,
-        column_room, HEADS=heads, TILE=tile, BLOCK=min(block, 512),
-    )  # fmt: skip
-    return DeviceLists(blocks, counts, num_blocks, bitmap, columns.indices, num_columns, pairs.sum(-1))
+    return [
+        CellLists(
+            blocks[cell], counts[cell], num_blocks[cell], bitmap[cell], columns.indices[cell], num_columns[cell], tile
+        )
+        for cell in range(num_cells)
+    ]
