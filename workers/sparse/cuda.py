@@ -22,7 +22,13 @@ from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Queries
 from workers.kernels.triton.lists import TILES, CellLists
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape, to_device
-from workers.sparse.selection import FORCED_COLUMNS, FORCED_OFFSETS, SYNTHETIC_COLUMNS, synthetic_selection
+from workers.sparse.selection import (
+    FORCED_COLUMNS,
+    FORCED_OFFSETS,
+    SYNTHETIC_COLUMNS,
+    SYNTHETIC_RUNS,
+    synthetic_selection,
+)
 from workers.sparse.vertical_slash import cell_number, estimate_rows, held_out_rows, warn_cap, warn_dense
 
 if TYPE_CHECKING:  # they need Triton
@@ -149,9 +155,7 @@ class StepSelection:
             [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
             for span, rows, cell in zip(spans, sampled, cells, strict=True)
         ]
-        numbers = torch.tensor(host, dtype=torch.float64)
-        if torch.device(device).type == "cuda":
-            numbers = numbers.pin_memory().to(device, non_blocking=True)
+        numbers = _moved(torch.tensor(host, dtype=torch.float64), device)
         self._seen, self._num_rows, self._causal, self._dense_room = numbers.T[..., None]
         self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
         self._visited: list[torch.Tensor] = []  # [C, H]
@@ -256,24 +260,22 @@ class StepSelection:
         """Return `synthetic_selection` of every head, made on the host."""
         from workers.kernels.triton.sparse.selection import Kept, kept_masses
 
-        width = self.tables.width
-        sizes = len(self._starts), len(self._budgets.heads)
-        bits = np.zeros((2, *sizes, width), np.bool_)
-        listed = np.zeros((*sizes, min(SYNTHETIC_COLUMNS, width)), np.int32)
+        sizes, words = (len(self._starts), len(self._budgets.heads)), self.tables.width // 32
+        intervals = np.zeros((*sizes, 1 + SYNTHETIC_RUNS, 2), np.int64)  # half open
+        listed = np.zeros((*sizes, SYNTHETIC_COLUMNS), np.int32)
         totals = np.zeros((2, *sizes), np.int32)
         for at, span in enumerate(self.tables.spans):
             for index, head in enumerate(self._budgets.heads):
                 one = synthetic_selection(span.stop, (span.start, layer, head))
-                bits[0, at, index, one.columns] = True
-                for low, high in one.offsets.tolist():
-                    bits[1, at, index, low : high + 1] = True
+                intervals[at, index, : len(one.offsets)] = one.offsets + [0, 1]
                 listed[at, index, : len(one.columns)] = one.columns
-                totals[:, at, index] = len(one.columns), bits[1, at, index].sum()
-        words = np.packbits(bits, axis=-1, bitorder="little").view("<i4").astype(np.int32)
-        moved = [torch.from_numpy(one) for one in (*words, listed, *totals)]
-        if torch.device(self._device).type == "cuda":
-            moved = [one.pin_memory().to(self._device, non_blocking=True) for one in moved]
-        by_column, by_offset, indices, num_columns, num_offsets = moved
+                totals[:, at, index] = len(one.columns), np.diff(one.offsets, axis=1).sum() + len(one.offsets)
+        moved = (_moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
+        device_intervals, indices, num_columns, num_offsets = moved
+        by_offset = _interval_words(device_intervals, words)
+        is_set = torch.arange(SYNTHETIC_COLUMNS, device=indices.device) < num_columns[..., None]
+        bits = torch.where(is_set, 1 << (indices % 32), 0).int()
+        by_column = torch.zeros_like(by_offset).scatter_add_(2, (indices // 32).long(), bits)
         columns = Kept(by_column, indices, num_columns, kept_masses(by_column, sums.columns))
         return columns, Kept(by_offset, None, num_offsets, kept_masses(by_offset, sums.offsets))
 
@@ -307,9 +309,22 @@ def _sample(
         positions[at, place] = cell.plan.start + np.array(own)
         scales[at, place] = cell.scales[list(own)].float() * _LOG2_E
     host = torch.from_numpy(rows), torch.from_numpy(positions.astype(np.int32)), scales
-    if torch.device(device).type == "cuda":
-        return Sampled(*(one.pin_memory().to(device, non_blocking=True) for one in host))
-    return Sampled(*host)
+    return Sampled(*(_moved(one, device) for one in host))
+
+
+def _moved(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return the tensor on the device, copied there without waiting for it."""
+    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host
+
+
+def _interval_words(intervals: torch.Tensor, words: int) -> torch.Tensor:
+    """Return bits `[C, H, words]` int32 that are set in disjoint half-open `intervals` `[C, H, n, 2]` int64."""
+    first = 32 * torch.arange(words, device=intervals.device)
+    found = torch.zeros((*intervals.shape[:2], words), dtype=torch.int64, device=intervals.device)
+    for low, high in (one.unbind(-1) for one in intervals.unbind(2)):
+        below = [(1 << (bound[..., None] - first).clamp(0, 32)) - 1 for bound in (low, high)]
+        found += below[1] - below[0]
+    return found.int()
 
 
 def _room(spec: SparseSpec, plan: AttentionPlan, group: int) -> int:
