@@ -267,7 +267,7 @@ class StepSelection:
         for at, span in enumerate(self.tables.spans):
             for index, head in enumerate(self._budgets.heads):
                 one = synthetic_selection(span.stop, (span.start, layer, head))
-                intervals[at, index, : len(one.offsets)] = one.offsets + [0, 1]
+                intervals[at, index, : len(one.offsets)] = one.offsets + np.array([0, 1])
                 listed[at, index, : len(one.columns)] = one.columns
                 totals[:, at, index] = len(one.columns), np.diff(one.offsets, axis=1).sum() + len(one.offsets)
         moved = (_moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
