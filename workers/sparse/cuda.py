@@ -93,8 +93,8 @@ class HeadBudgets:
             for head, budget in zip(heads, budgets, strict=True):
                 if spec.patterns is not None and budget is None:
                     warn_dense(layer, head)
-            columns.append([0 if budget is None else budget.n_vertical for budget in budgets])
-            offsets.append([_EVERYTHING if budget is None else budget.n_slash for budget in budgets])
+            columns.append([0 if budget is None else min(budget.n_vertical, _EVERYTHING) for budget in budgets])
+            offsets.append([_EVERYTHING if budget is None else min(budget.n_slash, _EVERYTHING) for budget in budgets])
         self.max_columns = max((max(row) for row in columns), default=0)
         self._columns, self._offsets = to_device(columns, device), to_device(offsets, device)
 
@@ -172,6 +172,8 @@ class StepSelection:
             estimate: rows of `self.estimate`, with continuous rotations for `succ` and `inter`.
             held_out: rows of `self.held_out`, with true rotations.
             keys: `[K, rows, D]`, those of every sequence contiguous and in order of position.
+
+        Scratch memory: 8 bytes a cell, head and key, and 4 more with adaptive budgets.
         """
         from workers.kernels.triton.sparse.device_lists import make_lists
         from workers.kernels.triton.sparse.recall import held_out_shares
