@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from protos.model.spec import HeadBudget, SparseSpec
-from tests.support.data.device_cells import LAYER, DeviceCells, device_cells
 from tests.support.data.sparse_cells import Shape
+from tests.support.device_cells import LAYER, DeviceCells, device_cells
 from workers.attention.plan import Queries
 from workers.kernels.triton.lists import CellLists, cell_lists
 from workers.kernels.triton.sparse import selection
