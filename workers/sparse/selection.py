@@ -93,12 +93,15 @@ def synthetic_selection(stop: int, seed: tuple[int, int, int]) -> Selection:
     generator seeded with (start of the cell, layer, query head of the model).
     """
     random = np.random.default_rng(seed)
-    kept = np.zeros(stop, np.bool_)
-    kept[:SYNTHETIC_OFFSETS] = True
-    for start in random.integers(0, max(1, stop - SYNTHETIC_RUN + 1), SYNTHETIC_RUNS).tolist():
-        kept[start : start + SYNTHETIC_RUN] = True
+    merged = [[0, SYNTHETIC_OFFSETS]]
+    for start in sorted(random.integers(0, max(1, stop - SYNTHETIC_RUN + 1), SYNTHETIC_RUNS).tolist()):
+        if start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], start + SYNTHETIC_RUN)
+        else:
+            merged.append([start, start + SYNTHETIC_RUN])
+    offsets = np.array([[start, min(end, stop) - 1] for start, end in merged], np.int32)
     columns = random.choice(stop, min(SYNTHETIC_COLUMNS, stop), replace=False)
-    return Selection(to_intervals(np.flatnonzero(kept).astype(np.int32)), np.sort(columns).astype(np.int32))
+    return Selection(offsets, np.sort(columns).astype(np.int32))
 
 
 def forced_selection(stop: int) -> Selection:

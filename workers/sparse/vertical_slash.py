@@ -147,7 +147,7 @@ class _Group:
             return self.spec.uniform
         budget = self.spec.patterns[self.cell.layer][head]
         if budget is None:
-            _warn_dense(self.cell.layer, head)
+            warn_dense(self.cell.layer, head)
         return budget
 
     def _adaptive(self, sums: Sums) -> list[Selection]:
@@ -199,7 +199,7 @@ class _Group:
         room = math.floor(share * (number + 1) + 1e-9) - math.floor(share * number + 1e-9)
         dense = sorted(below, key=lambda at: (held_out[at], at))[:room]
         if len(dense) < len(below):
-            _warn_cap(self.spec.max_dense_share, self.spec.recall_floor)
+            warn_cap(self.spec.max_dense_share, self.spec.recall_floor)
         return [at in dense for at in range(len(held_out))]
 
 
@@ -212,12 +212,14 @@ def _backend(cell: CellQueries, keys: CellKeys) -> type[Estimate]:
 
 
 @functools.cache  # once a process
-def _warn_dense(layer: int, head: int) -> None:
+def warn_dense(layer: int, head: int) -> None:
+    """Log that the model has no pattern for a head."""
     _log.warning("sparse_attention_config has no pattern for layer %d, head %d: this head is dense", layer, head)
 
 
 @functools.cache
-def _warn_cap(share: float, floor: float) -> None:
+def warn_cap(share: float, floor: float) -> None:
+    """Log that heads stay sparse although they keep too little."""
     _log.warning(
         "sparse prefill: more heads than max_dense_share %g keep less than recall_floor %g of their attention; "
         "they stay sparse (raise max_dense_share, or the budgets)", share, floor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workers.sparse.selection import synthetic_selection, to_intervals, top_indices
+from workers.sparse.selection import offset_mask, synthetic_selection, to_intervals, top_indices
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,15 @@ def test_synthetic_selection_depends_on_the_cell_layer_and_head_only() -> None:
     for other in ((0, 3, 1), (8192, 2, 1), (8192, 3, 0)):
         assert synthetic_selection(100_000, other).columns.tolist() != one.columns.tolist()
     assert synthetic_selection(10, (0, 0, 0)).offsets.tolist() == [[0, 9]]
+
+
+@pytest.mark.parametrize("stop", [1, 17, 63, 65, 1600, 1700, 3000, 100_000])
+def test_synthetic_offsets_are_the_nearest_and_eight_runs(stop: int) -> None:
+    for head in range(20):
+        kept = np.zeros(stop, np.bool_)
+        kept[:1536] = True
+        for start in np.random.default_rng((0, 0, head)).integers(0, max(1, stop - 63), 8).tolist():
+            kept[start : start + 64] = True
+        found = synthetic_selection(stop, (0, 0, head))
+        assert np.array_equal(offset_mask(found, stop), kept)
+        assert np.array_equal(found.offsets, to_intervals(np.flatnonzero(kept).astype(np.int32)))

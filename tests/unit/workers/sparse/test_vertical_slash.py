@@ -99,7 +99,7 @@ def test_adaptive_budgets_reach_their_target_and_no_more(target: float) -> None:
 
 
 def test_recall_floor_turns_heads_dense_up_to_the_cap(caplog: pytest.LogCaptureFixture) -> None:
-    vertical_slash._warn_cap.cache_clear()
+    vertical_slash.warn_cap.cache_clear()
     shape = Shape(192, 64, last_q=16, heads=8, kv_heads=2)
     cell = random_cell(shape)
     budget = HeadBudget(30, 100)
@@ -152,7 +152,7 @@ def test_shards_choose_the_same() -> None:
 
 
 def test_published_patterns_and_heads_without_one(caplog: pytest.LogCaptureFixture) -> None:
-    vertical_slash._warn_dense.cache_clear()
+    vertical_slash.warn_dense.cache_clear()
     cell = random_cell(Shape(192, 67, last_q=17, heads=4, kv_heads=2))
     patterns = ((),) * 3 + ((HeadBudget(40, 110), HeadBudget(60, 150), None, None),)
     for _ in range(2):

@@ -1,0 +1,116 @@
+"""What the selection kernels take on GPUs: no spills, shared memory, and few exchanges between threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from tests.support.triton_compile import SHARED_LIMIT, Compiled, compile_kernel
+from workers.kernels.triton.sparse import adaptive, device_lists, estimate, recall, selection
+from workers.kernels.triton.sparse.cells import TileShape
+
+CAPABILITIES = (
+    pytest.param(80, marks=pytest.mark.slow, id="sm_80"),
+    pytest.param(90, id="sm_90"),
+    pytest.param(100, marks=pytest.mark.slow, id="sm_100"),
+)
+TILES = TileShape()
+INTEGERS, FLOATS = "*i32", "*fp32"
+SAMPLED = {"queries": "*bf16", "scales": FLOATS, "keys": "*bf16", "cells": INTEGERS, "key_head": "i64"}
+SIZES = {"HEADS": 32, "GROUP": 8, "DIM": 128, "DOT": tl.bfloat16}
+KEPT = {"scores": FLOATS, "cells": INTEGERS, "width": "i32", "thresholds": INTEGERS, "quotas": INTEGERS}
+MULTIPLES = {"width", "key_head", "num_words"}
+
+
+def build(
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = TILES.warps
+) -> Compiled:
+    types = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    built = compile_kernel(
+        kernel, capability, types, constants, num_warps=warps, multiples=tuple(MULTIPLES & set(types))
+    )
+    assert built.stack == 0
+    assert built.count("LDL", "STL") == 0
+    assert built.shared <= SHARED_LIMIT[capability]
+    return built
+
+
+def check_products(built: Compiled, capability: int) -> None:
+    own = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability]
+    assert built.count(own) > 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_log_sum_exps(capability: int) -> None:
+    types = {**SAMPLED, "partial": FLOATS, "chunks": INTEGERS}
+    constants = {**SIZES, "ROWS": 64, "SHARED": TILES.shared, "BLOCK": TILES.block}
+    built = build(estimate.lse_kernel, capability, types, constants)
+    check_products(built, capability)
+    assert built.count("LDGSTS") > 0  # keys are copied ahead
+    assert built.count("SHFL") <= 36
+
+
+@pytest.mark.parametrize("forced", [(0, 0), (30, 128)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sums(capability: int, forced: tuple[int, int]) -> None:
+    """A tile of 128 x 64 probabilities takes at most 24 shuffles a thread, those between items included."""
+    types = {
+        **SAMPLED, "columns": FLOATS, "offsets": FLOATS, "scratch": "*fp16", "lse": FLOATS, "chunks": INTEGERS,
+    }  # fmt: skip
+    constants = {**SIZES, "ROWS": 64, "SHARED": TILES.shared_sums, "BLOCK": TILES.block}
+    constants |= {"SKIP_COLUMNS": forced[0], "SKIP_OFFSETS": forced[1]}
+    built = build(estimate.sums_kernel, capability, types, constants)
+    check_products(built, capability)
+    assert built.count("SHFL") <= 24
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_held_out_rows(capability: int) -> None:
+    types = {
+        **SAMPLED, "partial": FLOATS, "positions": INTEGERS, "offset_words": INTEGERS, "column_words": INTEGERS,
+        "chunks": INTEGERS,
+    }  # fmt: skip
+    built = build(recall.held_out_kernel, capability, types, {**SIZES, "ROWS": 32, "SHARED": TILES.shared})
+    check_products(built, capability)
+    assert built.count("SHFL") <= 36
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_pairs_kept_twice(capability: int) -> None:
+    types = {
+        **SAMPLED, "partial": FLOATS, "offset_words": INTEGERS, "columns": INTEGERS, "totals": INTEGERS, "lse": FLOATS,
+        "done": INTEGERS,
+    }  # fmt: skip
+    constants = {**SIZES, "ROWS": 64, "BLOCK": TILES.block, "SKIP_COLUMNS": 0, "SKIP_OFFSETS": 0}
+    check_products(build(recall.overlap_kernel, capability, types, constants, warps=4), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_thresholds_and_lists(capability: int) -> None:
+    sizes = {"HEADS": 32, "FORCED": 100, "BLOCK": selection._BLOCK}
+    built = build(selection.threshold_kernel, capability, {**KEPT, "counts": INTEGERS}, sizes, selection._WARPS)
+    assert built.count("ATOMG", "RED") == 0
+    types = {**KEPT, "words": INTEGERS, "indices": INTEGERS, "totals": INTEGERS, "masses": FLOATS, "done": INTEGERS}
+    build(selection.compact_kernel, capability, types, {**sizes, "ADAPTIVE": False, "LISTED": True}, selection._WARPS)
+    names = (
+        "bitmap", "blocks", "counts", "num_blocks", "num_columns", "nears", "fars", "ends", "words", "totals",
+        "column_totals", "dense", "cells",
+    )  # fmt: skip
+    constants = {"HEADS": 32, "TILE": 128, "STEPS": 14, "BLOCK": 1024}
+    build(device_lists.lists_kernel, capability, dict.fromkeys(names, INTEGERS), constants)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_adaptive_budgets(capability: int) -> None:
+    state = {
+        **dict.fromkeys(("thresholds", "quotas", "lengths", "done", "cells"), INTEGERS), "columns": FLOATS,
+        "groups": FLOATS, **dict.fromkeys(("sums", "base", "kept", "goal"), "*fp64"),
+    }  # fmt: skip
+    build(adaptive.propose_kernel, capability, state, {"HEADS": 32, "BLOCK": adaptive._BLOCK})
+    types = {**state, "words": INTEGERS, "totals": INTEGERS, "masses": FLOATS}
+    build(adaptive.groups_kernel, capability, types, {"HEADS": 32, "FORCED": 2, "BLOCK": adaptive._BLOCK}, warps=4)
