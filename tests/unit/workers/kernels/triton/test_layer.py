@@ -1,14 +1,10 @@
-"""Heads to pages, residual and norm, SwiGLU: interpreted against their PyTorch twins, and compiled for GPUs."""
+"""Heads to pages, residual and norm, SwiGLU against their PyTorch twins."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
-from tests.support.triton_compile import SHARED_LIMIT, compile_kernel
-from tests.support.triton_interpreter import INTERPRETED, run_cases
 from workers.kernels.triton import layer
 from workers.kv.paged import LayerKV, PagedKV, SlotRun, quantise
 from workers.model.layers import rms_norm
@@ -34,143 +30,94 @@ def e4m3(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(FP8), scales
 
 
-class TestInterpreted:
-    __test__ = INTERPRETED
-
-    @pytest.mark.parametrize("cache", [torch.float32, torch.int8, FP8], ids=str)
-    @pytest.mark.parametrize(("rows", "rotations"), [(1, 3), (17, 2), (67, 1), (193, 3)])
-    def test_heads(self, rows: int, rotations: int, cache: torch.dtype) -> None:
-        heads, kv_heads, dim = (3, 2, 12) if rows == 67 else (4, 1, 32)
-        torch.manual_seed(rows)
-        qkv = torch.randn(rows, heads + 2 * kv_heads, dim)
-        norms = None if rows == 17 else torch.rand(heads + kv_heads, dim) + 0.5
-        slots = torch.randperm(256)[:rows]
-        shape = (kv_heads, 256, dim)
-        kv = LayerKV(torch.zeros(shape, dtype=cache), torch.zeros(shape, dtype=cache))
-        if cache != torch.float32:
-            kv = LayerKV(kv.keys, kv.values, torch.zeros(shape[:2]), torch.zeros(shape[:2]))
-        turns = tables(rows, rotations, dim)
-        before = qkv.clone()
-        got = layer.store_heads(qkv, norms, EPS, turns, slots, kv)
-        assert torch.equal(qkv, before)
-        rotated = [norm_and_rotate_(before[:, : heads + kv_heads].clone(), turn, norms, EPS) for turn in turns]
-        torch.testing.assert_close(got, torch.stack(rotated)[:, :, :heads], atol=2e-6, rtol=2e-6)
-        sides = ((kv.keys, kv.key_scales, rotated[0][:, heads:]), (kv.values, kv.value_scales, before[:, -kv_heads:]))
-        for index, (stored, scales, wanted) in enumerate(sides):
-            mine = stored[:, slots].transpose(0, 1)
-            if scales is None:
-                torch.testing.assert_close(mine, wanted, atol=2e-6, rtol=2e-6)
-                continue
-            codes, steps = quantise(wanted) if cache == torch.int8 else e4m3(wanted)
-            torch.testing.assert_close(scales[:, slots].T, steps, atol=0, rtol=2e-6 if index == 0 else 0)
-            if index == 1:
-                assert torch.equal(mine.float(), codes.float())  # values are not rotated: the same inputs
-            else:  # a last bit of the input may move a value to the next code, seldom
-                near = torch.ones(()) if cache == torch.int8 else codes.float().abs().clamp_min(2**-6) / 7.9
-                assert ((mine.float() - codes.float()).abs() <= near).all()
-                assert (mine.float() != codes.float()).float().mean() < 0.01
-        others = torch.ones(256, dtype=torch.bool).index_fill(0, slots, False)
-        assert not kv.keys[:, others].float().any()
-        assert not kv.values[:, others].float().any()
-
-    @pytest.mark.parametrize("cache", [torch.int8, FP8], ids=str)
-    def test_ends_of_the_range_and_damaged_rows(self, cache: torch.dtype) -> None:
-        qkv = torch.zeros(4, 3, 32)
-        qkv[1, 1:, 5], qkv[2, 1:, 20], qkv[3, 1:, 7] = float("nan"), float("inf"), -1e30
-        shape = (1, 4, 32)
-        kv = LayerKV(*(torch.ones(shape).to(cache) for _ in "kv"), *(torch.ones(shape[:2]) for _ in "kv"))
-        one = CosSin(torch.ones(4, 1, 16), torch.zeros(4, 1, 16))
-        layer.store_heads(qkv, None, EPS, [one], torch.arange(4), kv)
-        for codes, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
-            assert scales is not None
-            assert torch.isfinite(scales[0]).tolist() == [True, False, False, True]
-            assert not codes[0, 0].float().any()
-            assert scales[0, 0] == 0
-            limit = layer.LIMITS[cache]
-            assert codes[0, 3, 7].float() == -limit
-            assert abs(float(codes[0, 3, 7].float() * scales[0, 3]) + 1e30) < 1e24
-
-    def test_the_same_as_the_write_of_a_cache(self) -> None:
-        torch.manual_seed(5)
-        qkv = torch.randn(67, 6, 16)
-        runs = [SlotRun(64, 32), SlotRun(0, 35)]
-        slots = torch.cat([torch.arange(first, first + length) for first, length in runs])
-        mine, twin = (PagedKV(2, 2, 16, 4, 32, torch.int8) for _ in range(2))
-        turn = tables(67, 1, 16)
-        layer.store_heads(qkv, None, EPS, turn, slots, mine.layer(1))
-        rotated = norm_and_rotate_(qkv[:, 2:4].clone(), turn[0])
-        twin.write(1, runs, rotated, qkv[:, 4:])
-        for side in ("keys", "values", "key_scales", "value_scales"):
-            first, second = (getattr(cache.layer(1), side)[:, slots].float() for cache in (mine, twin))
-            assert (first - second).abs().max() <= (0 if side == "values" else 1)
-
-    @pytest.mark.parametrize(("rows", "width", "dtype"), [
-        (1, 2048, torch.float32), (17, 1000, torch.bfloat16), (67, 48, torch.float32),
-    ])  # fmt: skip
-    def test_residual_and_norm(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        torch.manual_seed(rows + width)
-        x = torch.randn(rows, width + 8).to(dtype)[:, :width]
-        delta, weight = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
-        bound = {"atol": 1e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
-        wanted = x + delta
-        same, normed = layer.add_rms_norm(x, None, weight, EPS)
-        assert same is x
-        torch.testing.assert_close(normed, rms_norm(x, weight, EPS), **bound)
-        total, normed = layer.add_rms_norm(x, delta, weight, EPS)
-        torch.testing.assert_close(total, wanted, **bound)
-        torch.testing.assert_close(normed, rms_norm(total, weight, EPS), **bound)
-
-    @pytest.mark.parametrize(("rows", "width"), [(1, 1030), (67, 24)])
-    def test_swiglu(self, rows: int, width: int) -> None:
-        gate_up = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(rows)) * 3
-        torch.testing.assert_close(layer.swiglu(gate_up), swiglu_twin(gate_up.clone()), atol=2e-6, rtol=2e-6)
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8, FP8], ids=str)
+@pytest.mark.parametrize(("rows", "rotations"), [(1, 3), (17, 2), (67, 1), (193, 3)])
+def test_heads(rows: int, rotations: int, cache: torch.dtype) -> None:
+    heads, kv_heads, dim = (3, 2, 12) if rows == 67 else (4, 1, 32)
+    torch.manual_seed(rows)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim)
+    norms = None if rows == 17 else torch.rand(heads + kv_heads, dim) + 0.5
+    slots = torch.randperm(256)[:rows]
+    shape = (kv_heads, 256, dim)
+    kv = LayerKV(torch.zeros(shape, dtype=cache), torch.zeros(shape, dtype=cache))
+    if cache != torch.float32:
+        kv = LayerKV(kv.keys, kv.values, torch.zeros(shape[:2]), torch.zeros(shape[:2]))
+    turns = tables(rows, rotations, dim)
+    before = qkv.clone()
+    got = layer.store_heads(qkv, norms, EPS, turns, slots, kv)
+    assert torch.equal(qkv, before)
+    rotated = [norm_and_rotate_(before[:, : heads + kv_heads].clone(), turn, norms, EPS) for turn in turns]
+    torch.testing.assert_close(got, torch.stack(rotated)[:, :, :heads], atol=2e-6, rtol=2e-6)
+    sides = ((kv.keys, kv.key_scales, rotated[0][:, heads:]), (kv.values, kv.value_scales, before[:, -kv_heads:]))
+    for index, (stored, scales, wanted) in enumerate(sides):
+        mine = stored[:, slots].transpose(0, 1)
+        if scales is None:
+            torch.testing.assert_close(mine, wanted, atol=2e-6, rtol=2e-6)
+            continue
+        codes, steps = quantise(wanted) if cache == torch.int8 else e4m3(wanted)
+        torch.testing.assert_close(scales[:, slots].T, steps, atol=0, rtol=2e-6 if index == 0 else 0)
+        if index == 1:
+            assert torch.equal(mine.float(), codes.float())  # values are not rotated: the same inputs
+        else:  # a last bit of the input may move a value to the next code, seldom
+            near = torch.ones(()) if cache == torch.int8 else codes.float().abs().clamp_min(2**-6) / 7.9
+            assert ((mine.float() - codes.float()).abs() <= near).all()
+            assert (mine.float() != codes.float()).float().mean() < 0.01
+    others = torch.ones(256, dtype=torch.bool).index_fill(0, slots, False)
+    assert not kv.keys[:, others].float().any()
+    assert not kv.values[:, others].float().any()
 
 
-HEADS: dict[str, Any] = {
-    "HEADS": 32, "KV_HEADS": 4, "DIM": 128, "HALF": 64, "ROTATIONS": 3, "NORM": True,
-}  # fmt: skip
-POINTERS = ("cos", "sin", "cos_succ", "sin_succ", "cos_inter", "sin_inter", "norms", "key_scales", "value_scales")
-STRIDES = (
-    "row_stride", "intra_stride", "succ_stride", "inter_stride", "key_stride", "value_stride", "key_scale_stride",
-    "value_scale_stride", "tokens",
-)  # fmt: skip
+@pytest.mark.parametrize("cache", [torch.int8, FP8], ids=str)
+def test_ends_of_the_range_and_damaged_rows(cache: torch.dtype) -> None:
+    qkv = torch.zeros(4, 3, 32)
+    qkv[1, 1:, 5], qkv[2, 1:, 20], qkv[3, 1:, 7] = float("nan"), float("inf"), -1e30
+    shape = (1, 4, 32)
+    kv = LayerKV(*(torch.ones(shape).to(cache) for _ in "kv"), *(torch.ones(shape[:2]) for _ in "kv"))
+    one = CosSin(torch.ones(4, 1, 16), torch.zeros(4, 1, 16))
+    layer.store_heads(qkv, None, EPS, [one], torch.arange(4), kv)
+    for codes, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
+        assert scales is not None
+        assert torch.isfinite(scales[0]).tolist() == [True, False, False, True]
+        assert not codes[0, 0].float().any()
+        assert scales[0, 0] == 0
+        limit = layer.LIMITS[cache]
+        assert codes[0, 3, 7].float() == -limit
+        assert abs(float(codes[0, 3, 7].float() * scales[0, 3]) + 1e30) < 1e24
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-class TestCompiled:
-    __test__ = not INTERPRETED
-
-    @pytest.mark.parametrize(("rows", "warps"), [(1, 1), (16, 4)])
-    @pytest.mark.parametrize(("cache", "limit"), [("bf16", 0), ("i8", 127), ("fp8e4nv", 448)])
-    def test_heads(self, cache: str, limit: int, rows: int, warps: int, capability: int) -> None:
-        if cache == "fp8e4nv" and capability < 89:
-            pytest.skip("e4m3 needs sm_89")
-        types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"slots": "*i64", "eps": "fp32"}
-        types |= {"qkv": "*bf16", "q_out": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
-        constants = HEADS | {"ROWS": rows, "LIMIT": limit}
-        built = compile_kernel(layer.store_heads_kernel, capability, types, constants, num_warps=warps)
-        assert built.stack == 0
-        assert built.registers <= 128
-        assert built.shared <= 4096
-
-    @pytest.mark.parametrize(("block", "warps"), [(2048, 4), (8192, 16)])
-    def test_residual_and_norm(self, block: int, warps: int, capability: int) -> None:
-        types = dict.fromkeys(("x", "delta", "weight", "normed"), "*bf16")
-        types |= {"x_stride": "i32", "width": "i32", "eps": "fp32"}
-        constants = {"ADD": True, "BLOCK": block}
-        built = compile_kernel(layer.add_rms_norm_kernel, capability, types, constants, num_warps=warps)
-        assert built.stack == 0
-        assert built.registers <= 128
-        assert built.shared <= SHARED_LIMIT[capability]
-
-    def test_swiglu(self, capability: int) -> None:
-        types = {"gate_up": "*bf16", "out": "*bf16", "width": "i32", "row_stride": "i32"}
-        built = compile_kernel(layer.swiglu_kernel, capability, types, {"BLOCK": 1024})
-        assert built.stack == 0
-        assert built.registers <= 64
+def test_the_same_as_the_write_of_a_cache() -> None:
+    torch.manual_seed(5)
+    qkv = torch.randn(67, 6, 16)
+    runs = [SlotRun(64, 32), SlotRun(0, 35)]
+    slots = torch.cat([torch.arange(first, first + length) for first, length in runs])
+    mine, twin = (PagedKV(2, 2, 16, 4, 32, torch.int8) for _ in range(2))
+    turn = tables(67, 1, 16)
+    layer.store_heads(qkv, None, EPS, turn, slots, mine.layer(1))
+    rotated = norm_and_rotate_(qkv[:, 2:4].clone(), turn[0])
+    twin.write(1, runs, rotated, qkv[:, 4:])
+    for side in ("keys", "values", "key_scales", "value_scales"):
+        first, second = (getattr(cache.layer(1), side)[:, slots].float() for cache in (mine, twin))
+        assert (first - second).abs().max() <= (0 if side == "values" else 1)
 
 
-if not INTERPRETED:
+@pytest.mark.parametrize(("rows", "width", "dtype"), [
+    (1, 2048, torch.float32), (17, 1000, torch.bfloat16), (67, 48, torch.float32),
+])  # fmt: skip
+def test_residual_and_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows + width)
+    x = torch.randn(rows, width + 8).to(dtype)[:, :width]
+    delta, weight = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
+    bound = {"atol": 1e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
+    wanted = x + delta
+    same, normed = layer.add_rms_norm(x, None, weight, EPS)
+    assert same is x
+    torch.testing.assert_close(normed, rms_norm(x, weight, EPS), **bound)
+    total, normed = layer.add_rms_norm(x, delta, weight, EPS)
+    torch.testing.assert_close(total, wanted, **bound)
+    torch.testing.assert_close(normed, rms_norm(total, weight, EPS), **bound)
 
-    def test_cases_hold_in_the_interpreter() -> None:
-        run_cases(__file__)
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1030), (67, 24)])
+def test_swiglu(rows: int, width: int) -> None:
+    gate_up = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(rows)) * 3
+    torch.testing.assert_close(layer.swiglu(gate_up), swiglu_twin(gate_up.clone()), atol=2e-6, rtol=2e-6)
