@@ -61,6 +61,14 @@ def count_splits(rows: int, kv_heads: int, processors: int, longest: int) -> int
 
 
 @triton.jit
+def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
+    """Convert keys or values to the type of products; e4m3 by way of float32, as float16 to bfloat16 is a slow one."""
+    if LIMIT == 448:
+        rows = rows.to(tl.float16).to(tl.float32)
+    return rows.to(DOT)
+
+
+@triton.jit
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, lengths, scales, partial, sums, rotation_stride, row_stride,
     head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
@@ -102,7 +110,7 @@ def attend_splits_kernel(
             slot = tl.load(table + position // PAGE, mask=visible, other=0).to(tl.int64) + position % PAGE
             place = slot[:, None] * DIM + d[None, :]
             inside = visible[:, None] & (d < DIM)[None, :]
-            k = tl.load(keys + place, mask=inside, other=0.0).to(DOT)
+            k = _widened(tl.load(keys + place, mask=inside, other=0.0), LIMIT, DOT)
             logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             if LIMIT > 0:
                 steps = tl.load(key_scales + kv_head * key_scale_stride + slot, mask=visible, other=0.0)
@@ -113,7 +121,7 @@ def attend_splits_kernel(
             weights = tl.exp2(logits - higher[:, None])
             total = total * shrink + tl.sum(weights, 1)
             best = higher
-            v = tl.load(values + place, mask=inside, other=0.0).to(DOT)
+            v = _widened(tl.load(values + place, mask=inside, other=0.0), LIMIT, DOT)
             if LIMIT > 0:
                 steps = tl.load(value_scales + kv_head * value_scale_stride + slot, mask=visible, other=0.0)
                 weights = weights * steps[None, :]

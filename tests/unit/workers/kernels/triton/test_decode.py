@@ -64,20 +64,20 @@ def compare(lengths: list[int], distance: int, splits: int, cache: torch.dtype, 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.int8, FP8], ids=str)
 def test_contexts_that_end_around_pages_and_blocks(cache: torch.dtype) -> None:
-    compare([1, 15, 16, 17, 64, 65, 193, 500], 0, 3, cache, (4, 2, 32))
+    compare([1, 16, 17, 65, 193], 0, 2, cache, (4, 2, 32))
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.int8, FP8], ids=str)
 def test_contexts_that_end_around_chunks(cache: torch.dtype) -> None:
-    compare([1, 95, 96, 97, 192, 193, 288, 289, 400], 96, 2, cache, (4, 2, 32))
+    compare([96, 97, 192, 193, 400], 96, 2, cache, (2, 1, 32))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 33])
+@pytest.mark.parametrize("splits", [1, 9])
 def test_any_number_of_splits(splits: int) -> None:
-    compare([67, 1, 450], 128, splits, torch.int8, (2, 1, 16))
+    compare([67, 450], 128, splits, torch.int8, (2, 1, 16))
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 64), (5, 1, 24), (24, 1, 16), (6, 3, 80)])
+@pytest.mark.parametrize("heads", [(5, 1, 24), (24, 1, 16), (2, 2, 80)])
 def test_any_group_and_head_dim(heads: tuple[int, int, int]) -> None:
     compare([130, 17], 0, 2, torch.float32, heads)
 

@@ -1,0 +1,330 @@
+"""Mixture of experts on CUDA: choose experts, sort entries by expert, grouped products, combine.
+
+Nothing returns to the host: an entry is a token with one of its experts, entries are sorted by counting, and grids are
+as large as any distribution of entries needs, so that a step can be captured in a graph.
+
+Legend: `T` tokens, `M` hidden size, `I` expert intermediate, `E` experts of the model, `Er` experts of this shard,
+`k` experts per token, `N = T * k` entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from workers.kernels.triton.layer import dot_type, swiglu
+
+_SORTED = 128  # entries of a program that sorts
+_TOKENS = 8  # of a program that chooses experts
+_SCANNED = 1024
+_COMBINED = 1024  # columns
+_FEW_ROWS, _SOME_ROWS = 16, 96  # of an expert in the mean, up to which tiles are narrow, and half as wide
+_GROUPED_MIN_ROWS = 64  # an expert, from which PyTorch's grouped product is used; it gathers and activates apart
+
+
+@triton.jit
+def route_kernel(
+    logits, chosen, weights, tokens, experts, row_stride, TOP_K: tl.constexpr, PADDED_K: tl.constexpr,
+    NORMALISE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: `TOKENS` tokens. The best is taken `k` times; of equal ones that of the lowest id."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, BLOCK)
+    each = tl.arange(0, PADDED_K)
+    inside = (token < tokens)[:, None] & (e < experts)[None, :]
+    at = token[:, None].to(tl.int64) * row_stride + e[None, :]
+    x = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where((e < experts)[None, :], x, float("-inf"))
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    x = x / tl.sum(x, 1)[:, None]
+    # what is not a number is chosen last, as low as what is no expert, which comes after it
+    left = tl.where(e[None, :] < experts, tl.where(x == x, x, -1.0), -2.0)
+    ids = tl.zeros([TOKENS, PADDED_K], tl.int32)
+    kept = tl.zeros([TOKENS, PADDED_K], tl.float32)
+    for index in range(TOP_K):
+        best = tl.max(left, 1)
+        expert = tl.min(tl.where(left == best[:, None], e[None, :], BLOCK), 1)
+        is_best = e[None, :] == expert[:, None]
+        ids = tl.where(each[None, :] == index, expert[:, None], ids)
+        kept = tl.where(each[None, :] == index, tl.sum(tl.where(is_best, x, 0.0), 1)[:, None], kept)
+        left = tl.where(is_best, -3.0, left)
+    if NORMALISE:
+        kept = kept / tl.sum(kept, 1)[:, None]
+    to = token[:, None].to(tl.int64) * TOP_K + each[None, :]
+    mask = (token < tokens)[:, None] & (each < TOP_K)[None, :]
+    tl.store(chosen + to, ids.to(tl.int64), mask=mask)
+    tl.store(weights + to, kept, mask=mask)
+
+
+def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the `k` experts of every token by their softmax probabilities.
+
+    Args:
+        logits: `[T, E]`.
+        normalise: divide the kept probabilities by their sum.
+
+    Returns:
+        Expert ids `[T, k]` int64, the best first and of equal ones the lowest, and weights `[T, k]` in float32.
+    """
+    tokens, experts = logits.shape
+    assert logits.stride(1) == 1
+    chosen = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    if tokens:
+        rows = min(_TOKENS, triton.next_power_of_2(tokens))
+        route_kernel[(triton.cdiv(tokens, rows),)](
+            logits, chosen, weights, tokens, experts, logits.stride(0), TOP_K=top_k,
+            PADDED_K=triton.next_power_of_2(top_k), NORMALISE=normalise, TOKENS=rows,
+            BLOCK=triton.next_power_of_2(experts), num_warps=1 if rows == 1 else 4,
+        )  # fmt: skip
+    return chosen, weights
+
+
+@triton.jit
+def _local_experts(chosen, first, experts, program, entries, COUNT: tl.constexpr):
+    """Load the experts of `COUNT` entries, counted within the shard; `experts` for those of other shards."""
+    entry = program * COUNT + tl.arange(0, COUNT)
+    expert = tl.load(chosen + entry, mask=entry < entries, other=-1) - first
+    return entry, tl.where((expert >= 0) & (expert < experts) & (entry < entries), expert, experts).to(tl.int32)
+
+
+@triton.jit
+def count_kernel(chosen, counts, entries, first, experts, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: how many of `COUNT` entries each expert has, into its column of `[Er, blocks]`."""
+    block = tl.program_id(0)
+    _, expert = _local_experts(chosen, first, experts, block, entries, COUNT)
+    e = tl.arange(0, BLOCK)
+    count = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
+    tl.store(counts + e * blocks + block, count, mask=e < experts)
+
+
+@triton.jit
+def scan_kernel(counts, totals, blocks, SCANNED: tl.constexpr):
+    """One program: replace the counts of one expert by their sums over the blocks before, and write their total."""
+    expert = tl.program_id(0)
+    total = 0
+    for start in range(0, blocks, SCANNED):
+        at = start + tl.arange(0, SCANNED)
+        count = tl.load(counts + expert * blocks + at, mask=at < blocks, other=0)
+        tl.store(counts + expert * blocks + at, total + tl.cumsum(count, 0) - count, mask=at < blocks)
+        total += tl.sum(count, 0)
+    tl.store(totals + expert, total)
+
+
+@triton.jit
+def place_kernel(
+    chosen, counts, totals, order, places, entries, first, experts, blocks, SINGLE: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the places of `COUNT` entries in stable order. With `SINGLE` it is the only one, and counts too."""
+    block = tl.program_id(0)
+    entry, expert = _local_experts(chosen, first, experts, block, entries, COUNT)
+    e, other = tl.arange(0, BLOCK), tl.arange(0, COUNT)
+    _, same = _local_experts(chosen, first, experts, block, entries, COUNT)
+    before = (expert[:, None] == same[None, :]) & (other[None, :] < tl.arange(0, COUNT)[:, None])
+    place = tl.sum(before.to(tl.int32), 1)
+    if SINGLE:
+        total = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
+        tl.store(totals + e, total, mask=e < experts)
+    else:
+        total = tl.load(totals + e, mask=e < experts, other=0)
+        place += tl.load(counts + expert * blocks + block, mask=expert < experts, other=0)
+    place += tl.sum(tl.where(e[None, :] < tl.minimum(expert, experts)[:, None], total[None, :], 0), 1)
+    is_local = expert < experts
+    tl.store(order + place, entry, mask=is_local)
+    tl.store(places + entry, tl.where(is_local, place, -1), mask=entry < entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """Entries in the order of their experts, and by their own number before that."""
+
+    order: torch.Tensor  # [N] int32, the entry of every place; unspecified from the sum of `totals` on
+    places: torch.Tensor  # [N] int32, the place of every entry; -1 for experts of other shards
+    totals: torch.Tensor  # [Er] int32, the number of entries of every expert
+
+
+def sort_entries(chosen: torch.Tensor, first: int, experts: int) -> Sorted:
+    """Sort the entries of `chosen` `[T, k]` by expert, of which this shard has `first .. first + experts - 1`."""
+    entries, device = chosen.numel(), chosen.device
+    flat = chosen.reshape(-1)
+    order, places = torch.empty(2, entries, dtype=torch.int32, device=device)
+    totals = torch.empty(experts, dtype=torch.int32, device=device)
+    size = triton.next_power_of_2(experts)
+    count = min(_SORTED, triton.next_power_of_2(max(1, entries)))
+    blocks = max(1, triton.cdiv(entries, count))
+    counts = totals
+    if blocks > 1:
+        counts = torch.empty(experts, blocks, dtype=torch.int32, device=device)
+        count_kernel[(blocks,)](flat, counts, entries, first, experts, blocks, COUNT=count, BLOCK=size)
+        scan_kernel[(experts,)](counts, totals, blocks, SCANNED=min(_SCANNED, triton.next_power_of_2(blocks)))
+    place_kernel[(blocks,)](
+        flat, counts, totals, order, places, entries, first, experts, blocks, SINGLE=blocks == 1, COUNT=count,
+        BLOCK=size, num_warps=4,
+    )  # fmt: skip
+    return Sorted(order, places, totals)
+
+
+class Tiling(NamedTuple):
+    """The sizes of a grouped product: rows and columns of a program, depth of a step, warps and stages of loads."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+    @staticmethod
+    def of(entries: int, experts: int, dtype: torch.dtype, gated: bool) -> Tiling:
+        """Choose by the mean rows of an expert: narrow tiles read weights from many multiprocessors at once."""
+        rows = entries / max(1, min(entries, experts))
+        if dtype == torch.float32:
+            return Tiling(16, 32, 32, 4, 2)
+        if rows <= _FEW_ROWS:
+            return Tiling(16, 32 if gated else 64, 128, 4, 4)
+        return Tiling(64, 64, 64, 4, 3) if rows <= _SOME_ROWS else Tiling(128, 128, 64, 8, 3)
+
+
+@triton.jit
+def _tile(totals, tile, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the expert of a tile of `ROWS` rows, its first place and its number of rows: 0 or less past the last."""
+    e = tl.arange(0, BLOCK)
+    total = tl.load(totals + e, mask=e < experts, other=0)
+    tiles = (total + ROWS - 1) // ROWS
+    ends = tl.cumsum(tiles, 0)
+    expert = tl.sum((ends <= tile).to(tl.int32), 0)
+    done = (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * ROWS
+    rows = tl.minimum(ROWS, tl.sum(tl.where(e == expert, total, 0), 0) - done)
+    return expert, tl.sum(tl.where(e < expert, total, 0), 0) + done, rows
+
+
+@triton.jit
+def grouped_kernel(
+    x, weight, order, totals, out, experts, x_stride, TOP_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """One program: `COLUMNS` columns of a tile of rows of one expert.
+
+    With `GATED` the rows are gathered from tokens and the result is `silu(gate) * up`, of weights `[Er, 2 I, M]`;
+    else rows lie in the order of places and are multiplied by `[Er, M, I]`. `DEPTH` and `WIDTH` are `M` and `I` or
+    `I` and `M`.
+    """
+    expert, start, rows = _tile(totals, tl.program_id(1), experts, ROWS, BLOCK)
+    if rows > 0:
+        r, s = tl.arange(0, ROWS), tl.arange(0, STEP)
+        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        row = start + r
+        if GATED:
+            row = tl.load(order + row, mask=r < rows, other=0) // TOP_K
+        x += row[:, None].to(tl.int64) * x_stride + s[None, :]
+        side: tl.constexpr = WIDTH * DEPTH
+        weight += expert.to(tl.int64) * (2 * side if GATED else side) + c[:, None] * DEPTH + s[None, :]
+        main = tl.zeros([ROWS, COLUMNS], tl.float32)
+        up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for depth in range(0, DEPTH, STEP):
+            if DEPTH % STEP == 0:
+                inside, known = (r < rows)[:, None], (c < WIDTH)[:, None]
+            else:
+                inside = (r < rows)[:, None] & (depth + s < DEPTH)[None, :]
+                known = (c < WIDTH)[:, None] & (depth + s < DEPTH)[None, :]
+            part = tl.load(x + depth, mask=inside, other=0.0).to(DOT)
+            columns = tl.load(weight + depth, mask=known, other=0.0).to(DOT)
+            main = tl.dot(part, tl.trans(columns), main, input_precision="ieee")
+            if GATED:
+                columns = tl.load(weight + side + depth, mask=known, other=0.0).to(DOT)
+                up = tl.dot(part, tl.trans(columns), up, input_precision="ieee")
+        if GATED:
+            main = main * tl.sigmoid(main) * up
+        to = out + (start + r)[:, None].to(tl.int64) * WIDTH + c[None, :]
+        tl.store(to, main.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (c < WIDTH)[None, :])
+
+
+@triton.jit
+def combine_kernel(rows, places, weights, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: `BLOCK` columns of the weighted sum of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for each in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + each)
+        weight = tl.load(weights + token * TOP_K + each)
+        row = tl.load(rows + place.to(tl.int64) * width + d, mask=(d < width) & (place >= 0), other=0.0)
+        total += weight * row.to(tl.float32)
+    tl.store(out + token * width + d, total.to(out.dtype.element_ty), mask=d < width)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, by_expert: Sorted, top_k: int, tiling: Tiling, gated: bool
+) -> torch.Tensor:
+    """Return `silu(gate) * up` of gathered tokens `[N, I]`, or `x @ down.T` of rows in order of places `[N, M]`."""
+    experts, width, depth = weight.shape
+    width = width // 2 if gated else width
+    entries = by_expert.order.numel()
+    assert x.stride(1) == 1
+    assert weight.is_contiguous()
+    out = x.new_empty(entries, width)
+    most = min(entries, entries // tiling.rows + experts)  # tiles: an expert has at most one that is not full
+    grouped_kernel[(triton.cdiv(width, tiling.columns), most)](
+        x, weight, by_expert.order, by_expert.totals, out, experts, x.stride(0), TOP_K=top_k, DEPTH=depth,
+        WIDTH=width, GATED=gated, ROWS=tiling.rows, COLUMNS=tiling.columns, STEP=tiling.step,
+        BLOCK=triton.next_power_of_2(experts), DOT=dot_type(x.dtype), num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )  # fmt: skip
+    return out
+
+
+def _by_library(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, by_expert: Sorted, top_k: int
+) -> torch.Tensor:
+    """Compute the rows of all places `[N, M]` by PyTorch's grouped product; those of no expert are unspecified."""
+    ends = by_expert.totals.cumsum(0, dtype=torch.int32)
+    token = by_expert.order.clamp(0, by_expert.order.numel() - 1) // top_k
+    hidden = swiglu(F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends))
+    return F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+
+
+def prefers_library(entries: int, experts: int, capability: tuple[int, int]) -> bool:
+    """Return whether PyTorch's grouped product is used: it has no loop on the host from sm_90 on, and many rows."""
+    return capability >= (9, 0) and entries >= _GROUPED_MIN_ROWS * experts
+
+
+def run_experts(
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    first: int, library: bool = False, tilings: tuple[Tiling, Tiling] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Compute the weighted sum of this shard's experts, in float32 and rounded once.
+
+    Args:
+        x: `[T, M]`, unit stride in `M`.
+        chosen, weights: `[T, k]` from `route`, contiguous.
+        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`.
+        first: global id of the shard's first expert; entries of others are left out.
+        library: take PyTorch's grouped product, where `prefers_library`.
+        tilings: of the two products, instead of those that `Tiling.of` chooses.
+
+    Returns:
+        `[T, M]`, this shard's partial sum.
+    """
+    tokens, top_k = chosen.shape
+    experts, width = down.shape[:2]
+    out = x.new_empty(tokens, width)
+    if not tokens:
+        return out
+    by_expert = sort_entries(chosen, first, experts)
+    if library:
+        rows = _by_library(x, gate_up, down, by_expert, top_k)
+    else:
+        up, back = tilings or (Tiling.of(tokens * top_k, experts, x.dtype, gated) for gated in (True, False))
+        hidden = _product(x, gate_up, by_expert, top_k, up, True)
+        rows = _product(hidden, down, by_expert, top_k, back, False)
+    block = min(_COMBINED, triton.next_power_of_2(width))
+    combine_kernel[(tokens, triton.cdiv(width, block))](
+        rows, by_expert.places, weights, out, width, TOP_K=top_k, BLOCK=block
+    )
+    return out
