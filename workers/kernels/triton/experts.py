@@ -19,7 +19,8 @@ import triton.language as tl
 
 from workers.kernels.triton.layer import dot_type, swiglu
 
-_SORTED = 128  # entries of a program that sorts
+_SORTED = 128  # entries of a program that sorts, at most
+_COMPARED = 1 << 14  # entries times experts of such a program, at most; it has them all in registers
 _TOKENS = 8  # of a program that chooses experts
 _SCANNED = 1024
 _COMBINED = 1024  # columns
@@ -156,7 +157,7 @@ def sort_entries(chosen: torch.Tensor, first: int, experts: int) -> Sorted:
     order, places = torch.empty(2, entries, dtype=torch.int32, device=device)
     totals = torch.empty(experts, dtype=torch.int32, device=device)
     size = triton.next_power_of_2(experts)
-    count = min(_SORTED, triton.next_power_of_2(max(1, entries)))
+    count = min(_SORTED, max(16, _COMPARED // size), triton.next_power_of_2(max(1, entries)))
     blocks = max(1, triton.cdiv(entries, count))
     counts = totals
     if blocks > 1:
@@ -165,7 +166,7 @@ def sort_entries(chosen: torch.Tensor, first: int, experts: int) -> Sorted:
         scan_kernel[(experts,)](counts, totals, blocks, SCANNED=min(_SCANNED, triton.next_power_of_2(blocks)))
     place_kernel[(blocks,)](
         flat, counts, totals, order, places, entries, first, experts, blocks, SINGLE=blocks == 1, COUNT=count,
-        BLOCK=size, num_warps=4,
+        BLOCK=size, num_warps=8,
     )  # fmt: skip
     return Sorted(order, places, totals)
 
@@ -180,14 +181,16 @@ class Tiling(NamedTuple):
     stages: int
 
     @staticmethod
-    def of(entries: int, experts: int, dtype: torch.dtype, gated: bool) -> Tiling:
+    def of(entries: int, experts: int, dtype: torch.dtype, gated: bool, capability: tuple[int, int]) -> Tiling:
         """Choose by the mean rows of an expert: narrow tiles read weights from many multiprocessors at once."""
         rows = entries / max(1, min(entries, experts))
         if dtype == torch.float32:
             return Tiling(16, 32, 32, 4, 2)
         if rows <= _FEW_ROWS:
             return Tiling(16, 32 if gated else 64, 128, 4, 4)
-        return Tiling(64, 64, 64, 4, 3) if rows <= _SOME_ROWS else Tiling(128, 128, 64, 8, 3)
+        if rows <= _SOME_ROWS:
+            return Tiling(64, 64, 64, 4, 3)
+        return Tiling(128, 64 if gated and capability < (9, 0) else 128, 64, 8, 3)  # two sums spill on sm_80
 
 
 @triton.jit
@@ -222,9 +225,9 @@ def grouped_kernel(
         row = start + r
         if GATED:
             row = tl.load(order + row, mask=r < rows, other=0) // TOP_K
-        x += row[:, None].to(tl.int64) * x_stride + s[None, :]
+        source = x + row[:, None].to(tl.int64) * x_stride + s[None, :]
         side: tl.constexpr = WIDTH * DEPTH
-        weight += expert.to(tl.int64) * (2 * side if GATED else side) + c[:, None] * DEPTH + s[None, :]
+        matrix = weight + expert.to(tl.int64) * (2 * side if GATED else side) + c[:, None] * DEPTH + s[None, :]
         main = tl.zeros([ROWS, COLUMNS], tl.float32)
         up = tl.zeros([ROWS, COLUMNS], tl.float32)
         for depth in range(0, DEPTH, STEP):
@@ -233,11 +236,11 @@ def grouped_kernel(
             else:
                 inside = (r < rows)[:, None] & (depth + s < DEPTH)[None, :]
                 known = (c < WIDTH)[:, None] & (depth + s < DEPTH)[None, :]
-            part = tl.load(x + depth, mask=inside, other=0.0).to(DOT)
-            columns = tl.load(weight + depth, mask=known, other=0.0).to(DOT)
+            part = tl.load(source + depth, mask=inside, other=0.0).to(DOT)
+            columns = tl.load(matrix + depth, mask=known, other=0.0).to(DOT)
             main = tl.dot(part, tl.trans(columns), main, input_precision="ieee")
             if GATED:
-                columns = tl.load(weight + side + depth, mask=known, other=0.0).to(DOT)
+                columns = tl.load(matrix + side + depth, mask=known, other=0.0).to(DOT)
                 up = tl.dot(part, tl.trans(columns), up, input_precision="ieee")
         if GATED:
             main = main * tl.sigmoid(main) * up
@@ -289,14 +292,17 @@ def _by_library(
     return F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
 
 
-def prefers_library(entries: int, experts: int, capability: tuple[int, int]) -> bool:
-    """Return whether PyTorch's grouped product is used: it has no loop on the host from sm_90 on, and many rows."""
-    return capability >= (9, 0) and entries >= _GROUPED_MIN_ROWS * experts
+def prefers_library(entries: int, experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Return whether PyTorch's grouped product is used: for many rows in bfloat16, from sm_90 on.
+
+    On older devices, and for other types, it is a loop on the host.
+    """
+    return dtype == torch.bfloat16 and capability >= (9, 0) and entries >= _GROUPED_MIN_ROWS * experts
 
 
 def run_experts(
     x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    first: int, library: bool = False, tilings: tuple[Tiling, Tiling] | None = None,
+    first: int, capability: tuple[int, int], tilings: tuple[Tiling, Tiling] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute the weighted sum of this shard's experts, in float32 and rounded once.
 
@@ -305,7 +311,7 @@ def run_experts(
         chosen, weights: `[T, k]` from `route`, contiguous.
         gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`.
         first: global id of the shard's first expert; entries of others are left out.
-        library: take PyTorch's grouped product, where `prefers_library`.
+        capability: of the device; from (9, 0) on, many rows go to PyTorch's grouped product.
         tilings: of the two products, instead of those that `Tiling.of` chooses.
 
     Returns:
@@ -317,10 +323,11 @@ def run_experts(
     if not tokens:
         return out
     by_expert = sort_entries(chosen, first, experts)
-    if library:
+    if prefers_library(tokens * top_k, experts, x.dtype, capability):
         rows = _by_library(x, gate_up, down, by_expert, top_k)
     else:
-        up, back = tilings or (Tiling.of(tokens * top_k, experts, x.dtype, gated) for gated in (True, False))
+        sizes = (tokens * top_k, experts, x.dtype)
+        up, back = tilings or (Tiling.of(*sizes, gated, capability) for gated in (True, False))
         hidden = _product(x, gate_up, by_expert, top_k, up, True)
         rows = _product(hidden, down, by_expert, top_k, back, False)
     block = min(_COMBINED, triton.next_power_of_2(width))
