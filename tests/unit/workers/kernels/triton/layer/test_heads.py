@@ -1,14 +1,12 @@
-"""Heads to pages, residual and norm, SwiGLU against their PyTorch twins."""
+"""Heads that are normed, rotated, quantised and written to pages, against the PyTorch functions that do one each."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from workers.kernels.triton import layer
+from workers.kernels.triton.layer import heads as module
 from workers.kv.paged import LayerKV, PagedKV, SlotRun, quantise
-from workers.model.layers import rms_norm
-from workers.model.layers import swiglu as swiglu_twin
 from workers.model.rope import CosSin, norm_and_rotate_
 
 EPS = 1e-6
@@ -44,7 +42,7 @@ def test_heads(rows: int, rotations: int, cache: torch.dtype) -> None:
         kv = LayerKV(kv.keys, kv.values, torch.zeros(shape[:2]), torch.zeros(shape[:2]))
     turns = tables(rows, rotations, dim)
     before = qkv.clone()
-    got = layer.store_heads(qkv, norms, EPS, turns, slots, kv)
+    got = module.store_heads(qkv, norms, EPS, turns, slots, kv)
     assert torch.equal(qkv, before)
     rotated = [norm_and_rotate_(before[:, : heads + kv_heads].clone(), turn, norms, EPS) for turn in turns]
     torch.testing.assert_close(got, torch.stack(rotated)[:, :, :heads], atol=2e-6, rtol=2e-6)
@@ -74,13 +72,13 @@ def test_ends_of_the_range_and_damaged_rows(cache: torch.dtype) -> None:
     shape = (1, 4, 32)
     kv = LayerKV(*(torch.ones(shape).to(cache) for _ in "kv"), *(torch.ones(shape[:2]) for _ in "kv"))
     one = CosSin(torch.ones(4, 1, 16), torch.zeros(4, 1, 16))
-    layer.store_heads(qkv, None, EPS, [one], torch.arange(4), kv)
+    module.store_heads(qkv, None, EPS, [one], torch.arange(4), kv)
     for codes, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
         assert scales is not None
         assert torch.isfinite(scales[0]).tolist() == [True, False, False, True]
         assert not codes[0, 0].float().any()
         assert scales[0, 0] == 0
-        limit = layer.LIMITS[cache]
+        limit = module.LIMITS[cache]
         assert codes[0, 3, 7].float() == -limit
         assert abs(float(codes[0, 3, 7].float() * scales[0, 3]) + 1e30) < 1e24
 
@@ -92,32 +90,9 @@ def test_the_same_as_the_write_of_a_cache() -> None:
     slots = torch.cat([torch.arange(first, first + length) for first, length in runs])
     mine, twin = (PagedKV(2, 2, 16, 4, 32, torch.int8) for _ in range(2))
     turn = tables(67, 1, 16)
-    layer.store_heads(qkv, None, EPS, turn, slots, mine.layer(1))
+    module.store_heads(qkv, None, EPS, turn, slots, mine.layer(1))
     rotated = norm_and_rotate_(qkv[:, 2:4].clone(), turn[0])
     twin.write(1, runs, rotated, qkv[:, 4:])
     for side in ("keys", "values", "key_scales", "value_scales"):
         first, second = (getattr(cache.layer(1), side)[:, slots].float() for cache in (mine, twin))
         assert (first - second).abs().max() <= (0 if side == "values" else 1)
-
-
-@pytest.mark.parametrize(("rows", "width", "dtype"), [
-    (1, 2048, torch.float32), (17, 1000, torch.bfloat16), (67, 48, torch.float32),
-])  # fmt: skip
-def test_residual_and_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(rows + width)
-    x = torch.randn(rows, width + 8).to(dtype)[:, :width]
-    delta, weight = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
-    bound = {"atol": 1e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
-    wanted = x + delta
-    same, normed = layer.add_rms_norm(x, None, weight, EPS)
-    assert same is x
-    torch.testing.assert_close(normed, rms_norm(x, weight, EPS), **bound)
-    total, normed = layer.add_rms_norm(x, delta, weight, EPS)
-    torch.testing.assert_close(total, wanted, **bound)
-    torch.testing.assert_close(normed, rms_norm(total, weight, EPS), **bound)
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1, 1030), (67, 24)])
-def test_swiglu(rows: int, width: int) -> None:
-    gate_up = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(rows)) * 3
-    torch.testing.assert_close(layer.swiglu(gate_up), swiglu_twin(gate_up.clone()), atol=2e-6, rtol=2e-6)

@@ -1,14 +1,11 @@
-"""Decode steps: attention with split keys, and the greedy choice of tokens.
-
-The keys of every row are split over the whole card, read from pages, and merged by one kernel.
+"""Decode attention: the keys of every row are split over the whole card, read from pages, and merged by one kernel.
 
 A program takes all query heads of a KV head, so that every key is read once, padded to the 16 rows of a matrix unit.
 8-bit keys and values are multiplied as they are; their scales go to the logits and to the probabilities. Under dual
 chunk attention (DCA) a key's position decides the rotation of the query that meets it. Positions, pages and scales are
 tensors on the device, so that a captured graph serves any step of the same number of rows and splits.
 
-Legend: `B` rows, each of another sequence, `H` and `K` query and KV heads, `G = H // K`, `D` head dim, `R` rotations,
-`V` vocabulary.
+Legend: `B` rows, each of another sequence, `H` and `K` query and KV heads, `G = H // K`, `D` head dim, `R` rotations.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.layer import LIMITS, dot_type
+from workers.kernels.triton.layer.heads import LIMITS
+from workers.kernels.triton.layer.rows import dot_type
 
 if TYPE_CHECKING:
     from workers.kv.paged import LayerKV
@@ -30,7 +28,6 @@ _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
 _MERGED = 16  # splits that are added at once
 _MAX_SPLITS = 256
-_CHOICE_BLOCK = 4096  # logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,53 +190,3 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
         MERGED=min(_MERGED, triton.next_power_of_2(splits)),
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def best_of_parts_kernel(logits, best, ids, damaged, row_stride, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: the greatest of `BLOCK` logits of one row, the lowest of its ids, and whether any is not finite."""
-    part, row = tl.program_id(0), tl.program_id(1)
-    d = part * BLOCK + tl.arange(0, BLOCK)
-    inside = d < width
-    x = tl.load(logits + row.to(tl.int64) * row_stride + d, mask=inside, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, 0)
-    at = row * PARTS + part
-    tl.store(best + at, top)
-    tl.store(ids + at, tl.min(tl.where(x == top, d, width), 0))
-    tl.store(damaged + at, tl.sum((inside & (x * 0.0 != 0.0)).to(tl.int32), 0))
-
-
-@triton.jit
-def best_of_rows_kernel(best, ids, damaged, tokens, finite, width, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """One program: the best of the parts of one row."""
-    row = tl.program_id(0)
-    part = tl.arange(0, PADDED)
-    inside = part < PARTS
-    value = tl.load(best + row * PARTS + part, mask=inside, other=float("-inf"))
-    token = tl.load(ids + row * PARTS + part, mask=inside, other=width)
-    wrong = tl.sum(tl.load(damaged + row * PARTS + part, mask=inside, other=0), 0)
-    token = tl.min(tl.where(value == tl.max(value, 0), token, width), 0)
-    tl.store(tokens + row, tl.minimum(token, width - 1).to(tl.int64))
-    tl.store(finite + row, (wrong == 0).to(tl.int32))
-
-
-def choose_greedily(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids of the greatest logits of `[B, V]`, the lowest of equal ones, without waiting for the device.
-
-    Returns:
-        Ids `[B]` int64, inside the vocabulary whatever the logits are; and `[B]` int32, 1 where all logits are finite.
-    """
-    rows, width = logits.shape
-    assert logits.stride(1) == 1
-    parts = triton.cdiv(width, _CHOICE_BLOCK)
-    best = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    ids, damaged = torch.empty(2, rows, parts, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    finite = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    if rows:
-        best_of_parts_kernel[(parts, rows)](
-            logits, best, ids, damaged, logits.stride(0), width, PARTS=parts, BLOCK=_CHOICE_BLOCK
-        )
-        padded = triton.next_power_of_2(parts)
-        best_of_rows_kernel[(rows,)](best, ids, damaged, tokens, finite, width, PARTS=parts, PADDED=padded)
-    return tokens, finite

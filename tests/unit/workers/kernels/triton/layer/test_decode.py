@@ -1,4 +1,4 @@
-"""Decode attention against float64 with the definition of a plan, and the greedy choice against argmax."""
+"""Decode attention against float64 with the definition of a plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tests.support.oracles.attention import attend_reference
 from workers.attention.plan import AttentionPlan, Queries
-from workers.kernels.triton.decode import Rows, attend_rows, choose_greedily, count_splits
+from workers.kernels.triton.layer.decode import Rows, attend_rows, count_splits
 from workers.kv.paged import LayerKV, quantise
 
 FP8 = torch.float8_e4m3fn
@@ -124,25 +124,3 @@ def test_splits_fill_the_card_but_are_not_too_short() -> None:
     assert count_splits(1, 4, 132, 1000) == 4
     assert count_splits(1, 1, 132, 1 << 20) == 256
     assert count_splits(500, 8, 132, 0) == 1
-
-
-@pytest.mark.parametrize("width", [5, 4096, 9000])
-def test_the_greatest_logit_wins_and_of_equal_ones_the_lowest_id(width: int) -> None:
-    torch.manual_seed(width)
-    logits = torch.randn(3, width + 3)[:, :width]
-    logits[1, [width - 1, width // 2, 3]] = 9.0
-    logits[2] = -5.0
-    tokens, finite = choose_greedily(logits)
-    assert tokens.tolist() == [int(logits[0].argmax()), min(3, width // 2), 0]
-    assert finite.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_told(value: float) -> None:
-    logits = torch.zeros(2, 5000)
-    logits[1, 4500] = value
-    tokens, finite = choose_greedily(logits)
-    assert finite.tolist() == [1, 0]
-    assert ((tokens >= 0) & (tokens < 5000)).all()
-    logits[:] = math.nan
-    assert choose_greedily(logits)[1].tolist() == [0, 0]

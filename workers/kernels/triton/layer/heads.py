@@ -1,9 +1,6 @@
-"""Row operations of a layer, one kernel each: heads to pages, residual and norm, SwiGLU.
+"""Query, key and value heads: norm, rotations, 8-bit codes and the write to pages, all in one kernel.
 
-Every operation reads its rows once and writes its results once, in float32 in between. Products elsewhere in this
-package take operands in `dot_type`; the interpreter of Triton multiplies bfloat16 wrongly, so there it is float32.
-
-Legend: `T` tokens, `M` hidden size, `I` intermediate, `H` and `K` query and KV heads, `D` head dim, `R` rotations.
+Legend: `T` tokens, `H` and `K` query and KV heads, `D` head dim, `R` rotations.
 """
 
 from __future__ import annotations
@@ -18,16 +15,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     from workers.kv.paged import LayerKV
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest value of an 8-bit cache
-_DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _FEW_ROWS = 16  # up to which a program has one row of one head, and above which it has as many rows as this
-_SWIGLU_BLOCK = 1024
-
-
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """Return the type of the operands of products for activations of `dtype`."""
-    return tl.float32 if INTERPRETED else _DOT_TYPES[dtype]
 
 
 @triton.jit
@@ -157,67 +146,4 @@ def store_heads(
         KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, ROTATIONS=len(rotations),
         NORM=norms is not None, LIMIT=LIMITS.get(kv.keys.dtype, 0), num_warps=1 if rows == 1 else 4,
     )  # fmt: skip
-    return out
-
-
-@triton.jit
-def add_rms_norm_kernel(x, delta, weight, normed, x_stride, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one row. With `ADD`, `x + delta` is written to `delta`, and it is that which is normalised."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK)
-    inside = d < width
-    wide = tl.load(x + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        wide += tl.load(delta + row * width + d, mask=inside, other=0.0).to(tl.float32)
-        total = wide.to(delta.dtype.element_ty)
-        tl.store(delta + row * width + d, total, mask=inside)
-        wide = total.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    out = wide * inverse * tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + row * width + d, out.to(normed.dtype.element_ty), mask=inside)
-
-
-def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x + delta` and its root mean square norm, `[T, M]` each, rounded once each.
-
-    Args:
-        x: `[T, M]`, rows of any stride.
-        delta: `[T, M]`, contiguous, overwritten with the sum; None to normalise `x` alone.
-        weight: `[M]`.
-    """
-    rows, width = x.shape
-    assert x.stride(1) == 1
-    assert delta is None or delta.is_contiguous()
-    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(width)
-    if rows:
-        add_rms_norm_kernel[(rows,)](
-            x, normed if delta is None else delta, weight, normed, x.stride(0), width, eps, ADD=delta is not None,
-            BLOCK=block, num_warps=max(1, min(16, block // 512)),
-        )  # fmt: skip
-    return x if delta is None else delta, normed
-
-
-@triton.jit
-def swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr):
-    """One program: `BLOCK` columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < width
-    gate = tl.load(gate_up + row * row_stride + d, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_stride + width + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + d, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return `silu(gate) * up`, `[T, I]`, of `[T, 2 I]` that holds gate, then up; rounded once."""
-    rows, both = gate_up.shape
-    assert gate_up.stride(1) == 1
-    width = both // 2
-    out = gate_up.new_empty(rows, width)
-    if rows:
-        block = min(_SWIGLU_BLOCK, triton.next_power_of_2(width))
-        swiglu_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, gate_up.stride(0), BLOCK=block)
     return out

@@ -1,0 +1,46 @@
+"""Test modules that run kernels of Triton in its interpreter, each in a process of its own.
+
+The interpreter must be chosen (`TRITON_INTERPRET=1`) before a kernel is imported, and an address out of range ends the
+process. A conftest returns `interpreted_module` for such a module from `pytest_pycollect_makemodule`. To run single
+tests of it: `TRITON_INTERPRET=1 python -m pytest FILE`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_VARIABLE = "TRITON_INTERPRET"
+_TIMEOUT_S = 300
+
+
+def interpreted_module(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Return a module of one test that runs the whole module in the interpreter; None in that process itself."""
+    return None if os.environ.get(_VARIABLE) == "1" else _Module.from_parent(parent, path=module_path)
+
+
+class _Module(pytest.File):
+    def collect(self) -> Iterator[pytest.Item]:
+        yield _Process.from_parent(self, name="in_the_interpreter")
+
+
+class _Process(pytest.Item):
+    def runtest(self) -> None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", str(self.path)]
+        done = subprocess.run(
+            command, env={**os.environ, _VARIABLE: "1", "OMP_NUM_THREADS": "1"}, cwd=self.config.rootpath,
+            capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            pytest.fail(f"exit code {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.name
