@@ -30,11 +30,7 @@ def paged(lengths: list[int], kv_heads: int, dim: int, cache: torch.dtype) -> tu
     if cache == torch.float32:
         sides[:, :, ~seen] = math.nan
         return LayerKV(*sides), tables
-    if cache == torch.int8:
-        codes, scales = quantise(sides)
-    else:
-        scales = sides.abs().amax(-1) / 448
-        codes = (sides / scales[..., None]).to(FP8)
+    codes, scales = quantise(sides, cache)
     scales[:, :, ~seen] = math.nan
     return LayerKV(*codes, *scales), tables
 
