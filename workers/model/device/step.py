@@ -55,7 +55,7 @@ class DeviceStep:
         others = tuple(piece for piece in batch.pieces if piece.plan.length > 1 or piece.sparse)
         rows = _rows_of(single, kv, distance, device) if single else None
         decoding = torch.tensor([piece.rows.start for piece in single], device=device) if single and others else None
-        tables = [tuple(rotations[rotation]) for rotation in _ORDER if rotation in rotations]
+        tables = [(*rotations[rotation],) for rotation in _ORDER if rotation in rotations]
         return DeviceStep(torch.from_numpy(slots).to(device), tables, decoding, rows, others)
 
 
