@@ -25,7 +25,10 @@ _NUMPY_TYPES = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  
 
 
 class BlockPages:
-    """Every layer of a cache in host memory, as arrays `[K, slots, D]` and `[K, slots]`; bfloat16 as int16, fp8 as uint8."""
+    """Every layer of a cache in host memory, as arrays `[K, slots, D]` and `[K, slots]`.
+
+    bfloat16 is int16 there, and fp8 uint8.
+    """
 
     def __init__(self, kv: PagedKV, layers: int) -> None:
         self._page_size, self._num_pages = kv.page_size, kv.num_pages

@@ -28,8 +28,9 @@ def weights_of(experts: int, hidden: int, inter: int) -> tuple[torch.Tensor, tor
     return torch.randn(experts, 2 * inter, hidden) * hidden**-0.5, torch.randn(experts, hidden, inter) * inter**-0.5
 
 
-@pytest.mark.parametrize("library", [False, True], indirect=True)
-@pytest.mark.parametrize("tokens", [1, 17, 67])
+@pytest.mark.parametrize(
+    ("tokens", "library"), [(1, False), (17, False), (17, True), (67, False)], indirect=["library"]
+)
 def test_experts(tokens: int, library: bool) -> None:
     gate_up, down = weights_of(7, 48, 40)
     x = torch.randn(tokens, 56)[:, :48]
@@ -42,7 +43,7 @@ def test_experts(tokens: int, library: bool) -> None:
 
 def test_eight_of_128_of_which_many_are_empty() -> None:
     gate_up, down = weights_of(128, 32, 16)
-    x, (chosen, weights) = torch.randn(9, 32), route(torch.randn(9, 128), 8, True)
+    x, (chosen, weights) = torch.randn(3, 32), route(torch.randn(3, 128), 8, True)
     got = run_experts(x, chosen, weights, gate_up, down, 0, AMPERE, SMALL)
     torch.testing.assert_close(
         got, run_experts_reference(x, chosen, weights, gate_up, down, Span(0, 128)), atol=1e-5, rtol=1e-5
@@ -52,7 +53,7 @@ def test_eight_of_128_of_which_many_are_empty() -> None:
 @pytest.mark.parametrize("expert", [0, 7])
 def test_all_rows_at_one_expert(expert: int) -> None:
     gate_up, down = weights_of(8, 32, 48)
-    x, chosen, weights = torch.randn(50, 32), torch.full((50, 1), expert), torch.rand(50, 1)
+    x, chosen, weights = torch.randn(35, 32), torch.full((35, 1), expert), torch.rand(35, 1)
     got = run_experts(x, chosen, weights, gate_up, down, 0, AMPERE, SMALL)
     wanted = run_experts_reference(x, chosen, weights, gate_up, down, Span(0, 8))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
