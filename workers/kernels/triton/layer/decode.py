@@ -69,7 +69,7 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, lengths, scales, partial, sums, rotation_stride, row_stride,
     head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    splits, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, ROTATIONS: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of the keys of one row and one KV head, for all `GROUP` query heads.
@@ -79,7 +79,7 @@ def attend_splits_kernel(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     length = tl.load(lengths + row)
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
     first = split * per_split
     last = tl.minimum(first + per_split, length)
     scale = tl.load(scales + row) * 1.4426950408889634  # exponentials are taken to base 2
@@ -123,7 +123,7 @@ def attend_splits_kernel(
                 steps = tl.load(value_scales + kv_head * value_scale_stride + slot, mask=visible, other=0.0)
                 weights = weights * steps[None, :]
             out = tl.dot(weights.to(DOT), v, out * shrink[:, None], input_precision="ieee")
-    flat = (row.to(tl.int64) * kv_heads * GROUP + head) * SPLITS + split
+    flat = (row.to(tl.int64) * kv_heads * GROUP + head) * splits + split
     tl.store(sums + flat, best + tl.log2(total), mask=g < GROUP)  # -inf where there are no keys
     if first < last:
         tl.store(partial + flat[:, None] * DIM + d[None, :], out / total[:, None], mask=real)
@@ -131,21 +131,21 @@ def attend_splits_kernel(
 
 @triton.jit
 def merge_splits_kernel(
-    partial, sums, out, SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    partial, sums, out, splits, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     MERGED: tl.constexpr,
 ):  # fmt: skip
     """One program: the average of the splits of one row and head, weighted by their sums; 0 without any keys."""
     head = tl.program_id(0).to(tl.int64)  # of [B, H]
     each, d = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    best = tl.max(tl.load(sums + head * SPLITS + each, mask=each < SPLITS, other=float("-inf")), 0)
+    best = tl.max(tl.load(sums + head * splits + each, mask=each < splits, other=float("-inf")), 0)
     total = 0.0
     added = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, SPLITS, MERGED):
+    for start in range(0, splits, MERGED):
         split = start + tl.arange(0, MERGED)
-        size = tl.load(sums + head * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+        size = tl.load(sums + head * splits + split, mask=split < splits, other=float("-inf"))
         weight = tl.where(size == float("-inf"), 0.0, tl.exp2(size - best))  # such a split was not written
         mask = (size > float("-inf"))[:, None] & (d < DIM)[None, :]
-        rows = tl.load(partial + (head * SPLITS + split)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        rows = tl.load(partial + (head * splits + split)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
         added += tl.sum(weight[:, None] * rows, 0)
         total += tl.sum(weight, 0)
     average = added / tl.where(total > 0.0, total, 1.0)
@@ -180,13 +180,13 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
     attend_splits_kernel[(splits, kv_heads, batch)](
         q, kv.keys, kv.values, key_scales, value_scales, rows.tables, rows.lengths, rows.scales, partial, sums,
         *q.stride()[:3], kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0),
-        rows.tables.stride(0), rows.distance, SPLITS=splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        rows.tables.stride(0), rows.distance, splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=width, PAGE=rows.page_size, BLOCK=_BLOCK, ROTATIONS=rotations if rows.distance else 1,
         LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4,
         num_stages=3 if kv.keys.dtype == q.dtype else 2,  # 8-bit rows with 3 stages spill
     )  # fmt: skip
     merge_splits_kernel[(batch * heads,)](
-        partial, sums, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits), DIM=dim, WIDTH=width,
+        partial, sums, out, splits, PADDED=triton.next_power_of_2(splits), DIM=dim, WIDTH=width,
         MERGED=min(_MERGED, triton.next_power_of_2(splits)),
     )  # fmt: skip
     return out

@@ -62,9 +62,9 @@ def _rotate(low, high, cos, sin, row, stride, d, mask, DIM: tl.constexpr):
 @triton.jit
 def store_heads_kernel(
     qkv, norms, cos, sin, cos_succ, sin_succ, cos_inter, sin_inter, q_out, keys, values, key_scales, value_scales,
-    slots, tokens, row_stride, intra_stride, succ_stride, inter_stride, key_stride, value_stride, key_scale_stride,
-    value_scale_stride, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, ROTATIONS: tl.constexpr, NORM: tl.constexpr, LIMIT: tl.constexpr,
+    slots, tokens, row_stride, copy_stride, intra_stride, succ_stride, inter_stride, key_stride, value_stride,
+    key_scale_stride, value_scale_stride, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr, ROTATIONS: tl.constexpr, NORM: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` rows of one head of `[queries, keys, values]`."""
     head = tl.program_id(1)
@@ -85,17 +85,18 @@ def store_heads_kernel(
         first, second = _rotate(low, high, cos, sin, row, intra_stride, d, mask, DIM)
         if head < HEADS:
             to = q_out + (row[:, None].to(tl.int64) * HEADS + head) * DIM + d[None, :]
-            copies = tokens.to(tl.int64) * HEADS * DIM
             tl.store(to, first.to(q_out.dtype.element_ty), mask=mask)
             tl.store(to + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
             if ROTATIONS > 1:
                 first, second = _rotate(low, high, cos_succ, sin_succ, row, succ_stride, d, mask, DIM)
-                tl.store(to + copies, first.to(q_out.dtype.element_ty), mask=mask)
-                tl.store(to + copies + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
+                to += copy_stride
+                tl.store(to, first.to(q_out.dtype.element_ty), mask=mask)
+                tl.store(to + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
             if ROTATIONS > 2:
                 first, second = _rotate(low, high, cos_inter, sin_inter, row, inter_stride, d, mask, DIM)
-                tl.store(to + 2 * copies, first.to(q_out.dtype.element_ty), mask=mask)
-                tl.store(to + 2 * copies + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
+                to += copy_stride
+                tl.store(to, first.to(q_out.dtype.element_ty), mask=mask)
+                tl.store(to + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
         else:
             slot = tl.load(slots + row, mask=inside, other=0).to(tl.int64)
             kv_head = (head - HEADS).to(tl.int64)
@@ -141,7 +142,7 @@ def store_heads(
     rows = 1 if tokens <= _FEW_ROWS else _FEW_ROWS
     store_heads_kernel[(triton.cdiv(tokens, rows), all_heads)](
         qkv, out if norms is None else norms, *(side for table in tables for side in table), out, kv.keys, kv.values,
-        key_scales, value_scales, slots, tokens, qkv.stride(0), *(cos.stride(0) for cos, _ in tables),
+        key_scales, value_scales, slots, tokens, qkv.stride(0), out.stride(0), *(cos.stride(0) for cos, _ in tables),
         kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0), eps, HEADS=heads,
         KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, ROTATIONS=len(rotations),
         NORM=norms is not None, LIMIT=LIMITS.get(kv.keys.dtype, 0), num_warps=1 if rows == 1 else 4,

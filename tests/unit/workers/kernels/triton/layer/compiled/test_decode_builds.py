@@ -10,7 +10,7 @@ from tests.support.triton_compile import SHARED_LIMIT, compile_kernel
 from workers.kernels.triton.layer import decode, greedy
 
 FLOATS = ("key_scales", "value_scales", "scales", "partial", "sums")
-STRIDES = ("rotation_stride", "key_scale_stride", "value_scale_stride", "table_stride", "distance")
+STRIDES = ("rotation_stride", "key_scale_stride", "value_scale_stride", "table_stride", "distance", "splits")
 REGISTERS = 65536  # of a multiprocessor
 SLOTS = 1 << 20
 
@@ -25,7 +25,7 @@ def test_attention(cache: str, limit: int, capability: int) -> None:
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"tables": "*i32", "lengths": "*i32"}
     types |= {"q": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
     constants: dict[str, Any] = {
-        "row_stride": 4096, "head_stride": 128, "key_stride": SLOTS * 128, "value_stride": SLOTS * 128, "SPLITS": 99,
+        "row_stride": 4096, "head_stride": 128, "key_stride": SLOTS * 128, "value_stride": SLOTS * 128,
         "GROUP": 8, "ROWS": 16, "DIM": 128, "WIDTH": 128, "PAGE": 64, "BLOCK": 64, "ROTATIONS": 3, "LIMIT": limit,
         "DOT": tl.bfloat16,
     }  # fmt: skip
@@ -40,8 +40,8 @@ def test_attention(cache: str, limit: int, capability: int) -> None:
 
 
 def test_merge() -> None:
-    types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16"}
-    constants = {"SPLITS": 99, "PADDED": 128, "DIM": 128, "WIDTH": 128, "MERGED": 16}
+    types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "splits": "i32"}
+    constants = {"PADDED": 128, "DIM": 128, "WIDTH": 128, "MERGED": 16}
     built = compile_kernel(decode.merge_splits_kernel, 90, types, constants)
     assert built.stack == 0
     assert built.registers <= 128

@@ -14,8 +14,8 @@ HEADS: dict[str, Any] = {
 }  # fmt: skip
 POINTERS = ("cos", "sin", "cos_succ", "sin_succ", "cos_inter", "sin_inter", "norms", "key_scales", "value_scales")
 STRIDES = (
-    "row_stride", "intra_stride", "succ_stride", "inter_stride", "key_stride", "value_stride", "key_scale_stride",
-    "value_scale_stride", "tokens",
+    "row_stride", "copy_stride", "intra_stride", "succ_stride", "inter_stride", "key_stride", "value_stride",
+    "key_scale_stride", "value_scale_stride", "tokens",
 )  # fmt: skip
 
 
