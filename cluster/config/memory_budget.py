@@ -17,7 +17,12 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import LoadProgress, ShardSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-_KV_BYTES = {"bfloat16": (2, 0), "float32": (4, 0), "int8": (1, 4)}  # of a number; of the scale of one head
+_KV_BYTES = {
+    "bfloat16": (2, 0),
+    "float32": (4, 0),
+    "int8": (1, 4),
+    "fp8": (1, 4),
+}  # of a number; of the scale of one head
 _LINK_STEPS = 4  # steps a link to or from a neighbour holds
 _SLACK = 1.25  # what the allocator cannot give back
 _SUM_BYTES = 16  # of a key and query head, while a sparse cell is estimated
@@ -33,8 +38,9 @@ def compute_dtype(deployment: Deployment) -> str:
 
 
 def kv_dtype(deployment: Deployment) -> str:
-    """Return the type of keys and values: int8 where it is configured, else that of the weights."""
-    return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
+    """Return the type of keys and values: an 8-bit one where it is configured, else that of the weights."""
+    configured = deployment.config.kv_cache.dtype
+    return compute_dtype(deployment) if configured == "auto" else configured
 
 
 def shard_kv_token_bytes(deployment: Deployment, shard: ShardSpec) -> int:

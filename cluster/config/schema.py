@@ -133,7 +133,7 @@ class KvCacheSection(Section):
     bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
     fraction: float | None = Field(default=None, gt=0, le=1)
     page_size: PowerOfTwo = Field(default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024")
-    dtype: Literal["auto", "int8"] = "auto"
+    dtype: Literal["auto", "int8", "fp8"] = "auto"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> KvCacheSection:
@@ -234,6 +234,12 @@ class Config(Section):
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # `server:` with nothing under it
+
+    @model_validator(mode="after")
+    def _fp8_needs_a_gpu(self) -> Config:
+        if self.kv_cache.dtype == "fp8" and self.cluster.device == "cpu":
+            raise broken_rule("kv_cache.dtype", "fp8 needs cluster.device: cuda; use int8, which takes as much memory")
+        return self
 
     @model_validator(mode="after")
     def _public_bind_is_authenticated(self) -> Config:

@@ -19,7 +19,8 @@ def stage_works(deployment: Deployment) -> list[ShardWork]:
     """Return the work of every stage: that of its first shard, as the shards of a stage are alike."""
     spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
     kv_type = kv_dtype(deployment)
-    kv_width = 1.0 + 4.0 / spec.head_dim if kv_type == "int8" else float(DTYPE_BYTES[kv_type])  # with a head's scale
+    has_scales = kv_type in ("int8", "fp8")  # one in float32 for every head
+    kv_width = 1.0 + 4.0 / spec.head_dim if has_scales else float(DTYPE_BYTES[kv_type])
     widths = weight_widths(deployment)
     return [ShardWork(spec, shard, width, kv_width, widths) for shard in deployment.shards if shard.rank == 0]
 

@@ -11,7 +11,7 @@ import socket
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import kv_budget, kv_dtype, kv_token_bytes
+from cluster.config.memory_budget import kv_budget, kv_token_bytes
 from protos.model.checkpoint import Checkpoint, fingerprint_of
 from protos.node.node_check import check_writable
 from protos.stage.messages import LoadProgress
@@ -64,7 +64,7 @@ def check_room(deployment: Deployment, budget: int) -> int:
             f"kv_cache: room for {pages * page_size} tokens an actor, "
             f"model.max_model_len is {deployment.max_model_len}: "
             f"give kv_cache.bytes at least {format_bytes(longest * page_size * widest)}, or lower max_model_len"
-            + ("" if kv_dtype(deployment) == "int8" else ", or say kv_cache.dtype: int8")
+            + ("" if deployment.config.kv_cache.dtype != "auto" else ", or say kv_cache.dtype: int8")
         )
     return pages
 

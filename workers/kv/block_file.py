@@ -1,9 +1,9 @@
 """The file of one block of stored KV: what one shard wrote of `T` consecutive tokens of a prompt.
 
 A safetensors file: for every layer and KV head of its spans (absolute indices, so that any layout can read it) the
-tensors `l0.h0.keys` and `.values` `[T, D]`, and for int8 `.key_scales` and `.value_scales` `[T]` in float32. Metadata
-say what the block is, and have the CRC-32 of every tensor and of themselves (docs/kv-store.md). Nothing in a file is
-believed before it was compared with what the reader asks for.
+tensors `l0.h0.keys` and `.values` `[T, D]`, and for int8 and fp8 `.key_scales` and `.value_scales` `[T]` in float32.
+Metadata say what the block is, and have the CRC-32 of every tensor and of themselves (docs/kv-store.md). Nothing in a
+file is believed before it was compared with what the reader asks for.
 
 Legend: `T` tokens of the block, `D` head dim.
 """
@@ -36,11 +36,12 @@ PAGES, STATE = "pages", "state"  # kinds; STATE is reserved for the recurrent st
 HEADER_PREFIX = b'{"__metadata__":'
 _NAME = re.compile(r"l(\d{1,5})-(\d{1,5})_h(\d{1,5})-(\d{1,5})\.safetensors", re.ASCII)
 _CRCS = re.compile(rb'"crc32":"([0-9a-f ]+)"')
-_CODES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
-_WIDTHS = {"BF16": 2, "F32": 4, "I8": 1}
+_CODES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8", "fp8": "F8_E4M3"}
+_WIDTHS = {"BF16": 2, "F32": 4, "I8": 1, "F8_E4M3": 1}
+_SCALED = ("int8", "fp8")  # types that have a scale a row
 _POPULATE_READ = 22  # MADV_POPULATE_READ: faults pages in, and reports what touching them would end the process for
 
-Arrays = tuple[npt.NDArray[Any], ...]  # of one layer and head: keys, values, and for int8 their scales
+Arrays = tuple[npt.NDArray[Any], ...]  # of one layer and head: keys, values, and for 8-bit types their scales
 _madvise = ctypes.CDLL(None, use_errno=True).madvise if hasattr(mmap, "MADV_NORMAL") else None
 
 
@@ -83,7 +84,7 @@ class Part(NamedTuple):
 class BlockShape:
     """What all blocks of a model and cache have in common."""
 
-    dtype: str  # bfloat16, float32, int8
+    dtype: str  # bfloat16, float32, int8, fp8
     head_dim: int
     layers: int  # of the whole model
     kv_heads: int
@@ -93,7 +94,8 @@ class BlockShape:
         """Return name, type and shape of the tensors of one layer and head."""
         code, rows = _CODES[self.dtype], (tokens, self.head_dim)
         sides: list[tuple[str, str, tuple[int, ...]]] = [("keys", code, rows), ("values", code, rows)]
-        return [*sides, ("key_scales", "F32", (tokens,)), ("value_scales", "F32", (tokens,))] if code == "I8" else sides
+        scales = [(f"{side}_scales", "F32", (tokens,)) for side in ("key", "value")]
+        return [*sides, *scales] if self.dtype in _SCALED else sides
 
     def contains(self, part: Part) -> bool:
         """Return whether the model has these layers and heads."""
@@ -151,7 +153,7 @@ def write_block(
 
 def _order(shape: BlockShape, part: Part) -> Iterator[tuple[int, int, Sequence[int]]]:
     """Yield layer, head and which of their arrays come next, in the order of a file."""
-    passes = [(2, 3), (0, 1)] if shape.dtype == "int8" else [(0, 1)]
+    passes = [(2, 3), (0, 1)] if shape.dtype in _SCALED else [(0, 1)]
     return ((layer, head, order) for order in passes for layer, head in part.cells())
 
 
@@ -282,7 +284,7 @@ class BlockReader:
         return data.view(_NUMPY[code]).reshape(shape)
 
 
-_NUMPY: dict[str, Any] = {"BF16": np.int16, "F32": np.float32, "I8": np.int8}
+_NUMPY: dict[str, Any] = {"BF16": np.int16, "F32": np.float32, "I8": np.int8, "F8_E4M3": np.uint8}
 
 
 def _fault_in(data: npt.NDArray[np.uint8], name: str) -> None:

@@ -21,9 +21,14 @@ from workers.kv.paged import PagedKV
 
 Rows = slice | npt.NDArray[np.int64]  # slots of a block: neighbouring ones as a slice, which needs no copy
 
+_NUMPY_TYPES = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of the same bits
+
 
 class BlockPages:
-    """Every layer of a cache in host memory, as arrays `[K, slots, D]` and `[K, slots]`; bfloat16 as int16."""
+    """Every layer of a cache in host memory, as arrays `[K, slots, D]` and `[K, slots]`.
+
+    bfloat16 is int16 there, and fp8 uint8.
+    """
 
     def __init__(self, kv: PagedKV, layers: int) -> None:
         self._page_size, self._num_pages = kv.page_size, kv.num_pages
@@ -101,9 +106,9 @@ def open_pages(kv: PagedKV, layers: int) -> BlockPages:
 
 
 def _tensors(kv: PagedKV, layer: int) -> list[torch.Tensor]:
-    """Return keys, values and for int8 their scales, as tensors of types that numpy knows."""
+    """Return keys, values and for 8-bit types their scales, as tensors of types that numpy knows."""
     cache = kv.layer(layer)
     tensors = [cache.keys, cache.values]
     if cache.key_scales is not None and cache.value_scales is not None:
         tensors += [cache.key_scales, cache.value_scales]
-    return [tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor for tensor in tensors]
+    return [tensor.view(_NUMPY_TYPES.get(tensor.dtype, tensor.dtype)) for tensor in tensors]

@@ -25,6 +25,7 @@ from workers.kv.host_memory import advise_huge_pages, commit_memory
 
 _COMMITTED_BYTES = 1 << 30  # at the start, at most
 _HUGE_PAGE = 2 << 20  # bytes
+_LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}  # codes of 8-bit types
 _HUGE_MIN_BYTES = 8 << 20  # of a head's slots; below, rounding up to whole huge pages would cost too much
 
 
@@ -104,7 +105,7 @@ class PageTable:
 class LayerKV:
     """One layer of the cache: keys and values `[K, N * P, D]`, the rows of a head contiguous.
 
-    int8 keys and values have scales `[K, N * P]` in float32, one per token and head: `key = int8 * scale`.
+    8-bit keys and values have scales `[K, N * P]` in float32, one per token and head: `key = code * scale`.
     """
 
     keys: torch.Tensor
@@ -114,7 +115,7 @@ class LayerKV:
 
 
 class PagedKV:
-    """Keys and values of every layer of a shard, in the model's type or as int8 with scales.
+    """Keys and values of every layer of a shard, in the model's type or as int8 or fp8 (e4m3) with scales.
 
     Memory is `[2, L, K, N * P, D]`: the pages of a KV head lie together, so that a run of slots is a plain `[n, D]`
     view, which the attention kernel reads without a copy.
@@ -130,7 +131,7 @@ class PagedKV:
         self.num_pages = num_pages
         shape = (2, layers, kv_heads, num_pages * page_size)
         self._data = _allocate(shape, head_dim, dtype, torch.device(device))
-        self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+        self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype in _LARGEST else None
 
     def layer(self, index: int) -> LayerKV:
         """Return the cache of a layer; `index` counts within the shard."""
@@ -162,7 +163,7 @@ class PagedKV:
             if self._scales is None:
                 _scatter(self._data[side, layer], runs, rows)
                 continue
-            quantised, scales = quantise(rows)
+            quantised, scales = quantise(rows, self._data.dtype)
             _scatter(self._data[side, layer], runs, quantised)
             _scatter(self._scales[side, layer], runs, scales)
 
@@ -183,15 +184,16 @@ def _allocate(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, de
     return data[..., :slots, :]
 
 
-def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows `[..., D]` as int8 and their scales `[...]` in float32: symmetric, a row's largest value is 127.
+def quantise(rows: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows `[..., D]` as 8-bit codes and their scales `[...]` in float32.
 
-    A row that is not finite gets a scale that is not finite either, so that the damage stays visible.
+    Symmetric: the largest value of a row is 127 in int8, and 448 in fp8 (e4m3). A row that is not finite gets a scale
+    that is not finite either, so that the damage stays visible.
     """
     wide = rows.float()
-    scales = wide.abs().amax(dim=-1) / 127
+    scales = wide.abs().amax(dim=-1) / _LARGEST[dtype]
     steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    return steps.round_().to(torch.int8), scales
+    return (steps.round_() if dtype == torch.int8 else steps).to(dtype), scales
 
 
 def _scatter(cache: torch.Tensor, runs: Sequence[SlotRun], rows: torch.Tensor) -> None:

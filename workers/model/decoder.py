@@ -18,10 +18,13 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention.attend import attend
 from workers.attention.plan import Queries, Rotation
+from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
-from workers.model.batch import Batch
+from workers.model.batch import Batch, Piece
+from workers.model.device import step as device_step
+from workers.model.device.step import DeviceStep
 from workers.model.fused import FusedCall, FusedLayers
-from workers.model.layers import gated_mlp, linear, rms_norm
+from workers.model.layers import add_rms_norm, gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
@@ -38,6 +41,7 @@ class Ready:
     kv: PagedKV
     rotations: Rotations
     fused: FusedCall | None  # set where all layers are one call
+    device: DeviceStep | None = None  # set where Triton's kernels run
 
 
 class Decoder:
@@ -82,7 +86,10 @@ class Decoder:
         """
         rotations = self._rotary.rotations(batch.positions, batch.regions)
         fused = self._fused if self._fused is not None and self._fused.supports_step(batch, kv) else None
-        return Ready(batch, kv, rotations, fused.prepare(batch, kv, rotations) if fused else None)
+        call = fused.prepare(batch, kv, rotations) if fused else None
+        on_device = calls.supports(batch.positions.device)
+        distance = self.spec.chunk_distance
+        return Ready(batch, kv, rotations, call, DeviceStep.of(batch, kv, rotations, distance) if on_device else None)
 
     def layers(self, x: torch.Tensor, ready: Ready, log: CellLog | None = None) -> torch.Tensor:
         """Run this shard's layers on `x` `[T, M]` of the step prepared last; reports of sparse cells go to `log`."""
@@ -91,13 +98,13 @@ class Decoder:
         sparse = None
         if any(piece.sparse for piece in ready.batch.pieces):
             sparse = SparsePrefill(self.spec, self.shard, self._rotary, ready.batch, log or CellLog())
+        eps, delta = self.spec.rms_norm_eps, None
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
-            normed = rms_norm(x, weights.input_norm, self.spec.rms_norm_eps)
-            x = self._attention(normed, index, weights, ready, sparse).add_(x)
-            normed = rms_norm(x, weights.post_norm, self.spec.rms_norm_eps)
-            x = self._mlp(normed, layer, weights).add_(x)
+            x, normed = add_rms_norm(x, delta, weights.input_norm, eps)
+            x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
+            delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
-        return x
+        return x if delta is None else delta.add_(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits `[n, vocab_size]` in float32, whole on every shard, of rows `[n, M]` after the last layer."""
@@ -126,17 +133,37 @@ class Decoder:
         if sparse is not None:
             layer = self.shard.layers.start + index
             sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
-        q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
-        step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
-        kv, parts = step.kv.layer(index), []
-        for piece in step.batch.pieces:
-            rows = q[piece.rows]
-            if piece.sparse and sparse is not None:
-                parts.append(sparse.attend(piece, rows, kv))
-            else:
-                parts.append(attend(rows, kv, piece.table, piece.plan, piece.scales))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
+        if step.device is not None:
+            out = self._attend_on_device(qkv, index, norm, step, step.device, sparse)
+        else:
+            q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
+            step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
+            parts = [self._attend_piece(piece, q, index, step, sparse) for piece in step.batch.pieces]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
+
+    def _attend_on_device(
+        self, qkv: torch.Tensor, index: int, norm: torch.Tensor | None, step: Ready, device: DeviceStep,
+        sparse: SparsePrefill | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Store the heads of `qkv` `[T, H + 2 K, D]` and attend: `[T, H, D]`; rows that decode share one call."""
+        kv = step.kv.layer(index)
+        q = device_step.store_heads(qkv, norm, self.spec.rms_norm_eps, device, kv)
+        if not device.others:
+            return device_step.attend_decoding(q, kv, device)
+        queries, out = Queries(*q), torch.empty_like(q[0])
+        for piece in device.others:
+            out[piece.rows] = self._attend_piece(piece, queries, index, step, sparse)
+        if device.rows is not None:
+            out[device.decoding] = device_step.attend_decoding(q, kv, device)
+        return out
+
+    @staticmethod
+    def _attend_piece(piece: Piece, q: Queries, index: int, step: Ready, sparse: SparsePrefill | None) -> torch.Tensor:
+        rows, kv = q[piece.rows], step.kv.layer(index)
+        if piece.sparse and sparse is not None:
+            return sparse.attend(piece, rows, kv)
+        return attend(rows, kv, piece.table, piece.plan, piece.scales)
 
     def _head_norm(self, weights: LayerWeights) -> torch.Tensor | None:
         """Return the norm weights of every query and key head, `[H + K, D]` float32; None for models without."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from workers.kernels.abi import STRIP
 from workers.kernels.blocking import row_blocks
+from workers.kernels.triton.layer import calls
 from workers.model import compiled
 from workers.quant.weight import RowStack, Weight, plain
 
@@ -32,6 +33,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x + delta` and its `rms_norm`, `[T, M]` each; `delta` may be overwritten, and is 0 where it is None."""
+    if calls.supports(x.device):
+        return calls.add_rms_norm(x, delta, weight, eps)
+    total = x if delta is None else delta.add_(x)
+    return total, rms_norm(total, weight, eps)
+
+
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Compute `x @ weight.T + bias` for `[T, in]` and `[out, in]`; the weight may be packed (`compiled`) or quantised.
 
@@ -52,7 +63,9 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Compute `silu(gate) * up` for `[T, 2 I]` holding gate, then up; it overwrites and returns the first half."""
+    """Compute `silu(gate) * up` for `[T, 2 I]` holding gate, then up; it may overwrite and return the first half."""
+    if calls.supports(gate_up.device):
+        return calls.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)
 

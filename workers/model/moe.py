@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
+from workers.kernels.triton.layer import calls
 from workers.model import compiled
 from workers.model.layers import linear, swiglu
 from workers.quant.packed import Experts
@@ -32,6 +33,8 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) ->
     logits = linear(x, router)
     if compiled.supports_route(logits):
         return compiled.route(logits, top_k, normalise)
+    if calls.supports(logits.device):
+        return calls.route(logits, top_k, normalise)
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
     if normalise:
@@ -72,23 +75,15 @@ def run_experts(
     tokens, top_k = experts.shape
     if compiled.is_packed(gate_up) and compiled.is_packed(down) and x.dtype == torch.bfloat16:
         return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
-    plain_pair = (gate_up, down) if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) else None
+    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and calls.supports(x.device):
+        return calls.run_experts(x, experts, weights, gate_up, down, local.start)
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start
     flat = torch.where((flat >= 0) & (flat < local.size), flat, local.size)  # experts of other shards sort last
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=local.size + 1)[: local.size]
-    if plain_pair is not None and x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        order = order[: int(counts.sum())]
-        ends = counts.cumsum(0).to(torch.int32)
-        hidden = swiglu(F.grouped_mm(x[order // top_k], plain_pair[0].transpose(1, 2), offs=ends))
-        out = F.grouped_mm(hidden.contiguous(), plain_pair[1].transpose(1, 2), offs=ends)
-        out = torch.cat([out, out.new_zeros(1, out.shape[1])]) if out.shape[0] < experts.numel() else out
-    else:
-        sizes = counts.tolist()
-        order = order[: sum(sizes)]
-        out = _expert_loop(x, order // top_k, sizes, gate_up, down, scratch or ExpertScratch())
+    sizes = torch.bincount(flat, minlength=local.size + 1)[: local.size].tolist()
+    order = flat.argsort(stable=True)[: sum(sizes)]
+    out = _expert_loop(x, order // top_k, sizes, gate_up, down, scratch or ExpertScratch())
     return _combine(out, order, weights)
 
 

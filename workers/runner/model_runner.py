@@ -123,12 +123,9 @@ class ModelRunner:
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
-        sampled = [part for part in plan.slices if part.sample is not None]
-        samples = tuple(  # every rank samples the same tokens, and sends them to its peer in the first stage
-            self._sampler.sample(part.sequence, row, part.sample)
-            for part, row in zip(sampled, logits, strict=True)
-            if part.sample is not None
-        )
+        sampled = [(part.sequence, part.sample) for part in plan.slices if part.sample is not None]
+        # every rank samples the same tokens, and sends them to its peer in the first stage
+        samples = self._sampler.sample_rows(logits, sampled)
         tokens = tuple(sample.token_id for sample in samples)
         if self.shard.is_first:
             self.set_newest((sample.sequence for sample in samples), tokens)

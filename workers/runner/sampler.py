@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, SequenceSlice, TokenBias, TokenLogprob
+from workers.kernels.triton.layer import calls
 
 
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
@@ -106,6 +107,13 @@ def _highest(x: torch.Tensor) -> int:
     return int(x.numpy().argmax()) if x.device.type == "cpu" else int(x.argmax())
 
 
+def _is_argmax(spec: SampleSpec) -> bool:
+    """Return whether the token is that of the greatest logit as it is, and nothing else is asked for."""
+    params = spec.params
+    is_changed = spec.mask or spec.banned or spec.is_biased or params.repetition_penalty != 1.0 or params.counts_tokens
+    return params.temperature == 0.0 and params.logprobs is None and spec.forced is None and not is_changed
+
+
 def _bias_of(bias: Sequence[TokenBias], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     ids, values = zip(*bias, strict=True)
     return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(values, device=device)
@@ -132,6 +140,19 @@ class Sampler:
 
     def clear(self) -> None:
         self._kept.clear()
+
+    def sample_rows(self, logits: torch.Tensor, parts: Sequence[tuple[int, SampleSpec]]) -> tuple[SampledToken, ...]:
+        """Choose one token for every sequence of `parts` from its row of `[n, V]`; the contract is that of `sample`.
+
+        Where all are greedy, a device chooses them together, and is waited for once.
+        """
+        if not (calls.supports(logits.device) and all(_is_argmax(spec) for _, spec in parts)):
+            return tuple(self.sample(sequence, row, spec) for row, (sequence, spec) in zip(logits, parts, strict=True))
+        tokens, finite = calls.choose_greedily(logits)
+        for (sequence, spec), is_finite in zip(parts, finite, strict=True):
+            if not is_finite:
+                raise RuntimeError(f"sequence {sequence}: logits of token {spec.token_index} are not finite")
+        return tuple(SampledToken(sequence, token) for (sequence, _), token in zip(parts, tokens, strict=True))
 
     def sample(self, sequence: int, logits: torch.Tensor, spec: SampleSpec) -> SampledToken:
         """Choose one token from `[V]` float32 logits, one of the mask if there is one.

@@ -40,7 +40,8 @@ from workers.transport.device import DeviceInbox, DeviceSender, Pair
 from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-KV_DTYPES = DTYPES | {"int8": torch.int8}
+KV_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert e4m3
 DTYPE_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
 # Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
 # in the head process, on the cores that compute.
@@ -135,13 +136,19 @@ class StageWorker:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
 
         Raises:
-            ValueError: the type of the KV cache is unknown, or there is no next stage. LinkClosed: a neighbour that
-                tensors go to from device to device did not come.
+            ValueError: the type of the KV cache is unknown or too new for the GPU, or there is no next stage. LinkClosed:
+                a neighbour that tensors go to from device to device did not come.
         """
         assert self._weights is not None, "load comes first"
         kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
         if kv_dtype and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
+        if kv_dtype == "fp8" and self._device.type == "cuda":
+            found = torch.cuda.get_device_capability(self._device)
+            if found < _FP8_CAPABILITY:
+                raise ValueError(
+                    f"kv_cache.dtype: fp8: needs a GPU of sm_89 or later, this is sm_{found[0]}{found[1]}; use int8"
+                )
         if bool(downstream) != (self._shard.num_stages > 1):
             raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype

@@ -13,7 +13,7 @@ from workers.kv.block_store import BlockStore
 from workers.kv.paged import PagedKV
 
 LAYERS, HEADS, DIM, PAGES = 5, 4, 17, 131
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 WHOLE = Part(Span(0, LAYERS), Span(0, HEADS))
 KEY = bytes(range(32))
 

@@ -129,7 +129,8 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"sparse.max_dense_share": float("nan")}, "^<override>: sparse.max_dense_share: nan: must be a number from 0 to"),
     ({"sparse.synthetic": "no"}, "^<override>: sparse.synthetic: \"?no\"?: must be true or false$"),
     ({"sparse.cells": 1}, "^<override>: sparse.cells: 1: unknown key; did you mean 'cell'"),
-    ({"kv_cache.dtype": "int4"}, "^<override>: kv_cache.dtype: int4: must be one of auto, int8$"),
+    ({"kv_cache.dtype": "int4"}, "^<override>: kv_cache.dtype: int4: must be one of auto, int8, fp8$"),
+    ({"kv_cache.dtype": "fp8"}, "^<override>: kv_cache.dtype: fp8: fp8 needs cluster.device: cuda; use int8, which ta"),
     ({"model.config_file": "../config.json"}, "^<override>: model.config_file: ../config.json: must be the name of a"),
     ({"model.config_file": ".."}, "^<override>: model.config_file: ..: must be the name of a file in model.path"),
     ({"model.config_file": "none.json"}, "^<override>: model.config_file: none.json: .*none.json: cannot be read"),
@@ -191,6 +192,9 @@ def test_bytes_of_a_token(tmp_path: Path) -> None:
     shard = plan_shards(PLAIN, 1, 1)[0]
     assert kv_bytes_per_token(PLAIN, shard, 1, 4) == 2 * 4 * 2 * 68
     assert [kv_dtype(deploy(tmp_path, kv_cache__dtype=dtype)) for dtype in ("auto", "int8")] == ["bfloat16", "int8"]
+    fp8 = deploy(tmp_path, kv_cache__dtype="fp8", cluster__device="cuda")
+    assert kv_dtype(fp8) == "fp8"
+    assert kv_token_bytes(fp8) == 2 * 4 * 2 * (64 + 4)
 
 
 def test_int8_makes_room(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ def is_refused(shard: Shard, block: KvBlock, reason: str = "") -> None:
     assert shard.store.find([block.key]) == 0
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path):
-    shard, block = Shard(tmp_path, Part(Span(1, 2), Span(2, 3)), "int8", 1, dim=3), block_of(1, 2)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_every_flipped_byte_is_found(dtype: str, tmp_path: Path):
+    shard, block = Shard(tmp_path, Part(Span(1, 2), Span(2, 3)), dtype, 1, dim=3), block_of(1, 2)
     path = file_of(tmp_path, shard.part)
     assert shard.store.store(block, shard.pages).blocks == 1
     whole = path.read_bytes()

@@ -129,14 +129,27 @@ def test_int8_does_not_hide_what_is_not_finite():
     assert bool((small * scales[:, None]).isfinite()[2:].all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_fp8_rows_reach_the_largest_code_and_lose_three_bits():
+    rows = torch.randn(67, 3, 32)
+    rows[0, 0], rows[1, 1, 5] = 0, torch.inf
+    codes, scales = quantise(rows, torch.float8_e4m3fn)
+    assert not scales[1, 1].isfinite()
+    assert not codes[0, 0].float().any()
+    rows[1, 1] = 1
+    codes, scales = quantise(rows, torch.float8_e4m3fn)
+    assert (codes[1:].float().abs().amax(-1) == 448).all()
+    error = (codes.float() * scales[..., None] - rows).abs()
+    assert (error <= rows.abs() / 16 + scales[..., None] * 2**-10).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_the_cache_allocates_what_its_shape_says(dtype: torch.dtype):
     kv = PagedKV(3, 2, 8, num_pages=5, page_size=16, dtype=dtype)
     layer = kv.layer(0)
     allocated = layer.keys.untyped_storage().nbytes()
     if layer.key_scales is not None:
         allocated += layer.key_scales.untyped_storage().nbytes()
-    scale = 4 if dtype == torch.int8 else 0  # float32, a row
+    scale = 4 if dtype.itemsize == 1 else 0  # float32, a row
     assert allocated == 5 * 16 * 2 * 3 * 2 * (8 * dtype.itemsize + scale)  # pages, tokens, K and V, layers, heads
 
 

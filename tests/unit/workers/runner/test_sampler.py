@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from protos.stage.messages import SampleSpec, SamplingParams
+from protos.stage.messages import SampledToken, SampleSpec, SamplingParams
 from workers.runner import sampler as sampler_module
 from workers.runner.sampler import Sampler, filter_logits, gumbel_noise, penalise
 
@@ -107,6 +108,36 @@ def test_the_smallest_temperatures_are_greedy(temperature: float):
 
 def test_greedy_takes_the_largest():
     assert Sampler(VOCAB).sample(1, logits(4), spec()).token_id == int(logits(4).argmax())
+
+
+def test_rows_are_sampled_together_only_where_all_are_greedy(monkeypatch: pytest.MonkeyPatch):
+    """A device chooses; any spec that asks for more than the greatest logit is left to `sample`."""
+    rows = torch.stack([logits(seed) for seed in range(3)])
+    best = rows.argmax(-1).tolist()
+    greedy = [(sequence, spec(index=sequence)) for sequence in (4, 5, 6)]
+    assert [token.token_id for token in Sampler(VOCAB).sample_rows(rows, greedy)] == best
+    calls: list[torch.Tensor] = []
+
+    def choose(given: torch.Tensor) -> tuple[list[int], list[bool]]:
+        calls.append(given)
+        return given.argmax(-1).tolist(), given.isfinite().all(-1).tolist()
+
+    monkeypatch.setattr(sampler_module.calls, "supports", lambda device: True)
+    monkeypatch.setattr(sampler_module.calls, "choose_greedily", choose)
+    assert Sampler(VOCAB).sample_rows(rows, greedy) == tuple(
+        SampledToken(sequence, token) for (sequence, _), token in zip(greedy, best, strict=True)
+    )
+    assert len(calls) == 1
+    mask = bytes([0xFF] * 33)
+    for other in (
+        spec(temperature=0.5), spec(logprobs=2), spec(repetition_penalty=1.1, history=(1,)), replace(spec(), mask=mask),
+        replace(spec(), banned=(3,)), replace(spec(), forced=7),
+    ):  # fmt: skip
+        assert len(Sampler(VOCAB).sample_rows(rows, [*greedy[:2], (6, other)])) == 3
+    assert len(calls) == 1
+    rows[1, 9] = math.inf
+    with pytest.raises(RuntimeError, match="sequence 5: logits of token 5 are not finite"):
+        Sampler(VOCAB).sample_rows(rows, greedy)
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------

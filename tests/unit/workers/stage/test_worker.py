@@ -111,7 +111,9 @@ def test_steps_are_not_traced_unless_asked_for(tmp_path: Path) -> None:
     assert result(worker, prefill(100)).trace is None
 
 
-@pytest.mark.parametrize(("kv_dtype", "close"), [("", 0.0), ("float32", 0.0), ("bfloat16", 2e-2), ("int8", 2e-2)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "close"), [("", 0.0), ("float32", 0.0), ("bfloat16", 2e-2), ("int8", 2e-2), ("fp8", 5e-2)]
+)
 def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> None:
     logprobs = []
     for folder, kind in (("plain", ""), ("other", kv_dtype)):
@@ -126,7 +128,7 @@ def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> N
 
 def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
-    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8"):
+    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8, fp8"):
         worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, kv_dtype="int4"))
     worker.close()
 

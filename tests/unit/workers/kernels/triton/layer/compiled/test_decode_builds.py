@@ -1,0 +1,56 @@
+"""Decode attention compiled for GPUs: nearly without a stack, and with room for three programs a multiprocessor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.triton_compile import SHARED_LIMIT, compile_kernel
+from workers.kernels.triton.layer import decode, greedy
+
+FLOATS = ("key_scales", "value_scales", "scales", "partial", "sums")
+STRIDES = ("rotation_stride", "key_scale_stride", "value_scale_stride", "table_stride", "distance", "splits")
+REGISTERS = 65536  # of a multiprocessor
+SLOTS = 1 << 20
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("cache", "limit"), [("bf16", 0), ("i8", 127), ("fp8e4nv", 448)])
+def test_attention(cache: str, limit: int, capability: int) -> None:
+    if cache == "fp8e4nv" and capability < 89:
+        pytest.skip("e4m3 needs sm_89")
+    import triton.language as tl
+
+    types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"tables": "*i32", "lengths": "*i32"}
+    types |= {"q": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
+    constants: dict[str, Any] = {
+        "row_stride": 4096, "head_stride": 128, "key_stride": SLOTS * 128, "value_stride": SLOTS * 128,
+        "GROUP": 8, "ROWS": 16, "DIM": 128, "WIDTH": 128, "PAGE": 64, "BLOCK": 64, "ROTATIONS": 3, "LIMIT": limit,
+        "DOT": tl.bfloat16,
+    }  # fmt: skip
+    stages = 2 if limit else 3
+    built = compile_kernel(decode.attend_splits_kernel, capability, types, constants, num_stages=stages)
+    assert built.stack <= (8 if (cache, capability) == ("i8", 90) else 0)  # ptxas keeps to 128 registers there
+    assert built.registers * 128 * 3 <= REGISTERS
+    assert built.shared * 3 <= SHARED_LIMIT[capability]
+    assert built.count("HMMA") >= 32
+    assert built.count("F2F") == 0  # a conversion at a quarter of the rate at which e4m3 comes from memory
+    assert built.count("LDGSTS") >= 16  # keys of the next block are on their way while these are multiplied
+
+
+def test_merge() -> None:
+    types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "splits": "i32"}
+    constants = {"PADDED": 128, "DIM": 128, "WIDTH": 128, "MERGED": 16}
+    built = compile_kernel(decode.merge_splits_kernel, 90, types, constants)
+    assert built.stack == 0
+    assert built.registers <= 128
+
+
+def test_choice() -> None:
+    types = {"logits": "*fp32", "best": "*fp32", "ids": "*i32", "damaged": "*i32", "row_stride": "i32", "width": "i32"}
+    constants = {"PARTS": 38, "BLOCK": 4096}
+    assert compile_kernel(greedy.best_of_parts_kernel, 90, types, constants).stack == 0
+    types = {"best": "*fp32", "ids": "*i32", "damaged": "*i32", "tokens": "*i64", "finite": "*i32", "width": "i32"}
+    constants = {"PARTS": 38, "PADDED": 64}
+    assert compile_kernel(greedy.best_of_rows_kernel, 90, types, constants).stack == 0

@@ -1,0 +1,52 @@
+"""The row operations of a layer, compiled for GPUs: registers, no stack, little shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.triton_compile import SHARED_LIMIT, compile_kernel
+from workers.kernels.triton.layer import heads, rows
+
+HEADS: dict[str, Any] = {
+    "HEADS": 32, "KV_HEADS": 4, "DIM": 128, "HALF": 64, "ROTATIONS": 3, "NORM": True,
+}  # fmt: skip
+POINTERS = ("cos", "sin", "cos_succ", "sin_succ", "cos_inter", "sin_inter", "norms", "key_scales", "value_scales")
+STRIDES = (
+    "row_stride", "copy_stride", "intra_stride", "succ_stride", "inter_stride", "key_stride", "value_stride",
+    "key_scale_stride", "value_scale_stride", "tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("cache", "limit"), [("bf16", 0), ("i8", 127), ("fp8e4nv", 448)])
+def test_heads(cache: str, limit: int, capability: int) -> None:
+    if cache == "fp8e4nv" and capability < 89:
+        pytest.skip("e4m3 needs sm_89")
+    types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"slots": "*i64", "eps": "fp32"}
+    types |= {"qkv": "*bf16", "q_out": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
+    constants = HEADS | {"ROWS": 16, "LIMIT": limit}
+    built = compile_kernel(heads.store_heads_kernel, capability, types, constants)
+    assert built.stack == 0
+    assert built.registers <= 128
+    assert built.shared <= 4096
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("block", "warps"), [(2048, 4), (8192, 16)])
+def test_residual_and_norm(block: int, warps: int, capability: int) -> None:
+    types = dict.fromkeys(("x", "delta", "weight", "normed"), "*bf16")
+    types |= {"x_stride": "i32", "width": "i32", "eps": "fp32"}
+    constants = {"ADD": True, "BLOCK": block}
+    built = compile_kernel(rows.add_rms_norm_kernel, capability, types, constants, num_warps=warps)
+    assert built.stack == 0
+    assert built.registers <= 128
+    assert built.shared <= SHARED_LIMIT[capability]
+
+
+def test_swiglu() -> None:
+    types = {"gate_up": "*bf16", "out": "*bf16", "width": "i32", "row_stride": "i32"}
+    built = compile_kernel(rows.swiglu_kernel, 90, types, {"BLOCK": 1024})
+    assert built.stack == 0
+    assert built.registers <= 64

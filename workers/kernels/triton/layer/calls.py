@@ -1,0 +1,71 @@
+"""Calls of the kernels of a layer; Triton is imported when one is called for the first time.
+
+Where `supports` says no, PyTorch functions of `workers.model` compute the same: on CPUs, and without Triton.
+
+Legend: `T` tokens, `M` hidden size, `I` intermediate, `E` experts of the model, `k` experts per token, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+_AMPERE = (8, 0)  # compute capability
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def supports(device: torch.device) -> bool:
+    """Return whether the kernels run on a device."""
+    return device.type == "cuda" and _has_triton() and _capability(device) >= _AMPERE
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return that of a GPU; of a CPU, where kernels are interpreted, that of the oldest GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _AMPERE
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x + delta` and its root mean square norm, `[T, M]` each; overwrites `delta`."""
+    from workers.kernels.triton.layer import rows
+
+    return rows.add_rms_norm(x, delta, weight, eps)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` of `[T, 2 I]`, in memory of its own."""
+    from workers.kernels.triton.layer import rows
+
+    return rows.swiglu(gate_up)
+
+
+def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the experts of every token by its logits `[T, E]`: ids `[T, k]` int64, weights `[T, k]` float32."""
+    from workers.kernels.triton.layer import routing
+
+    return routing.route(logits, top_k, normalise)
+
+
+def run_experts(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    first: int,
+) -> torch.Tensor:  # fmt: skip
+    """Compute the weighted sum of experts `first` on `[T, M]`, without waiting for the device."""
+    from workers.kernels.triton.layer import experts as products
+
+    return products.run_experts(x, experts, weights, gate_up, down, first, _capability(x.device))
+
+
+def choose_greedily(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Return the ids of the greatest logits of `[n, V]`, and whether all logits of a row are finite; waits once."""
+    from workers.kernels.triton.layer import greedy
+
+    tokens, finite = torch.stack([side.to(torch.int64) for side in greedy.choose_greedily(logits)]).tolist()
+    return tokens, [bool(one) for one in finite]
