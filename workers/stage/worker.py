@@ -136,8 +136,8 @@ class StageWorker:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
 
         Raises:
-            ValueError: the type of the KV cache is unknown or too new for the GPU, or there is no next stage. LinkClosed:
-                a neighbour that tensors go to from device to device did not come.
+            ValueError: the type of the KV cache is unknown or too new for the GPU, or there is no next stage.
+            LinkClosed: a neighbour that tensors go to from device to device did not come.
         """
         assert self._weights is not None, "load comes first"
         kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
