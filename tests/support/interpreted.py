@@ -27,7 +27,9 @@ def interpreted_module(module_path: Path, parent: pytest.Collector) -> pytest.Co
 
 class _Module(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
-        yield _Process.from_parent(self, name="in_the_interpreter")
+        item = _Process.from_parent(self, name="in_the_interpreter")
+        item.add_marker(pytest.mark.slow)
+        yield item
 
 
 class _Process(pytest.Item):

@@ -36,11 +36,13 @@ _ENTRY_BYTES = 256 << 20
 
 def supports(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> bool:
     """Return whether these kernels take queries `[T, H, D]` over this cache, and are worth their staging."""
-    return (
-        _takes(q.device, q.dtype, q.shape[-1])
-        and kv.keys.dtype in _CACHES
-        and (plan.length >= MIN_ROWS or plan.heads is not None)
-    )
+    is_worth = plan.length >= MIN_ROWS or plan.heads is not None
+    return is_worth and supports_lists(q.device, q.dtype, q.shape[-1], kv.keys.dtype)
+
+
+def supports_lists(device: torch.device, dtype: torch.dtype, dim: int, cache: torch.dtype) -> bool:
+    """Return whether the kernels take queries of this type and dim over a cache of type `cache`."""
+    return _takes(device, dtype, dim) and cache in _CACHES
 
 
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:

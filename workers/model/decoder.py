@@ -16,12 +16,14 @@ import torch.nn.functional as F
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
+from workers.attention import cuda
 from workers.attention.attend import attend
 from workers.attention.plan import Queries, Rotation
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
 from workers.model.batch import Batch, Piece
 from workers.model.device import step as device_step
+from workers.model.device.sparse import DeviceSparsePrefill
 from workers.model.device.step import DeviceStep
 from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import add_rms_norm, gated_mlp, linear, rms_norm
@@ -30,6 +32,7 @@ from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.quant.packed import look_up
+from workers.sparse.cuda import HeadBudgets
 from workers.transport.collectives import Collectives
 
 
@@ -59,6 +62,9 @@ class Decoder:
         self._head_norms = [self._head_norm(layer) for layer in weights.layers]
         on_cpu = device.type == "cpu" and FusedLayers.supports_weights(spec, weights.layers)
         self._fused = FusedLayers(spec, shard, weights.layers, self._head_norms) if on_cpu else None
+        self._budgets: HeadBudgets | None = None  # of heads that are selected for on the device
+        if spec.sparse is not None and calls.supports(device):
+            self._budgets = HeadBudgets(spec.sparse, range(*shard.layers), range(*shard.heads), device)
         self._layers_done = 0
         self.on_experts: Callable[[int, torch.Tensor], None] | None = None  # layer, experts `[T, k]`; for measuring
 
@@ -95,16 +101,26 @@ class Decoder:
         """Run this shard's layers on `x` `[T, M]` of the step prepared last; reports of sparse cells go to `log`."""
         if self._fused is not None and ready.fused is not None:
             return self._fused.run(x, ready.fused, self._collectives)
-        sparse = None
-        if any(piece.sparse for piece in ready.batch.pieces):
-            sparse = SparsePrefill(self.spec, self.shard, self._rotary, ready.batch, log or CellLog())
+        log = log or CellLog()
+        sparse = self._sparse(ready, x.dtype, log)
         eps, delta = self.spec.rms_norm_eps, None
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             x, normed = add_rms_norm(x, delta, weights.input_norm, eps)
             x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
+        if isinstance(sparse, DeviceSparsePrefill):
+            log.cells += sparse.reports()
         return x if delta is None else delta.add_(x)
+
+    def _sparse(self, ready: Ready, dtype: torch.dtype, log: CellLog) -> SparsePrefill | DeviceSparsePrefill | None:
+        """Return what attends the sparse cells of a step; None where it has none."""
+        if not any(piece.sparse for piece in ready.batch.pieces):
+            return None
+        device, cache = ready.batch.positions.device, ready.kv.layer(0).keys.dtype
+        if self._budgets is not None and cuda.supports_lists(device, dtype, self.spec.head_dim, cache):
+            return DeviceSparsePrefill(self.spec, self.shard, self._rotary, ready.batch, self._budgets)
+        return SparsePrefill(self.spec, self.shard, self._rotary, ready.batch, log)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits `[n, vocab_size]` in float32, whole on every shard, of rows `[n, M]` after the last layer."""
@@ -125,8 +141,9 @@ class Decoder:
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def _attention(
-        self, x: torch.Tensor, index: int, weights: LayerWeights, step: Ready, sparse: SparsePrefill | None
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, index: int, weights: LayerWeights, step: Ready,
+        sparse: SparsePrefill | DeviceSparsePrefill | None,
+    ) -> torch.Tensor:  # fmt: skip
         dim, heads, kv_heads = self.spec.head_dim, self.shard.heads.size, self.shard.kv_heads.size
         qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
         norm = self._head_norms[index]
@@ -138,13 +155,14 @@ class Decoder:
         else:
             q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
             step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
+            assert not isinstance(sparse, DeviceSparsePrefill)
             parts = [self._attend_piece(piece, q, index, step, sparse) for piece in step.batch.pieces]
             out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
 
     def _attend_on_device(
         self, qkv: torch.Tensor, index: int, norm: torch.Tensor | None, step: Ready, device: DeviceStep,
-        sparse: SparsePrefill | None,
+        sparse: SparsePrefill | DeviceSparsePrefill | None,
     ) -> torch.Tensor:  # fmt: skip
         """Store the heads of `qkv` `[T, H + 2 K, D]` and attend: `[T, H, D]`; rows that decode share one call."""
         kv = step.kv.layer(index)
@@ -152,8 +170,13 @@ class Decoder:
         if not device.others:
             return device_step.attend_decoding(q, kv, device)
         queries, out = Queries(*q), torch.empty_like(q[0])
+        cells = sparse if isinstance(sparse, DeviceSparsePrefill) else None
+        if cells is not None:
+            cells.attend(queries, kv, out)
         for piece in device.others:
-            out[piece.rows] = self._attend_piece(piece, queries, index, step, sparse)
+            if cells is None or not piece.sparse:
+                one_by_one = None if isinstance(sparse, DeviceSparsePrefill) else sparse
+                out[piece.rows] = self._attend_piece(piece, queries, index, step, one_by_one)
         if device.rows is not None:
             out[device.decoding] = device_step.attend_decoding(q, kv, device)
         return out

@@ -160,6 +160,15 @@ class StepSelection:
         self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
         self._visited: list[torch.Tensor] = []  # [C, H]
 
+    @property
+    def column_capacity(self) -> int:
+        """The most columns that the list of a head has room for."""
+        if self._spec.synthetic:
+            return SYNTHETIC_COLUMNS
+        if self._spec.is_adaptive:
+            return self.tables.width
+        return min(max(self._budgets.max_columns, FORCED_COLUMNS), self.tables.width)
+
     def select(
         self, layer: int, estimate: SampledQueries, held_out: SampledQueries, keys: torch.Tensor
     ) -> list[CellLists]:
@@ -224,9 +233,8 @@ class StepSelection:
             columns, offsets = self._synthetic(layer, sums)
         else:
             num_columns, num_offsets = self._budgets.of(layer, len(self._starts))
-            room = min(max(self._budgets.max_columns, FORCED_COLUMNS), self.tables.width)
             found = thresholds(sums.columns, num_columns, FORCED_COLUMNS, self.tables)
-            columns = compact(sums.columns, found, FORCED_COLUMNS, self.tables, room)
+            columns = compact(sums.columns, found, FORCED_COLUMNS, self.tables, self.column_capacity)
             found = thresholds(sums.offsets, num_offsets, FORCED_OFFSETS, self.tables)
             offsets = compact(sums.offsets, found, FORCED_OFFSETS, self.tables)
         done = (offsets.totals >= self._seen).int()
