@@ -16,6 +16,7 @@ import torch.distributed as dist
 from protos.node.environment import version_of
 from workers.attention.flash import compute_family
 from workers.kernels.build import best_path, kernel_family, load
+from workers.kernels.triton import PROVEN_ON
 
 
 def torch_facts() -> dict[str, Any]:
@@ -39,11 +40,16 @@ def torch_facts() -> dict[str, Any]:
 
 
 def _device_facts(index: int) -> dict[str, Any]:
-    """Return what a GPU is; `kernels` names those that compute attention there, for bfloat16 and heads of 128."""
+    """Return what a GPU is; `kernels` names those that compute attention there, for bfloat16 and heads of 128.
+
+    `is_proven`: the tests of tests/gpu have passed on a GPU of its compute capability.
+    """
     properties = torch.cuda.get_device_properties(index)
+    capability = f"{properties.major}.{properties.minor}"
     return {
         "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
+        "capability": capability,
+        "is_proven": capability in PROVEN_ON,
         "memory_bytes": properties.total_memory,
         "kernels": compute_family(torch.device("cuda", index), torch.bfloat16, 128),
     }

@@ -294,6 +294,10 @@ def check_cuda_build(facts: Mapping[str, Any]) -> Check:
         (oldest < (8, 0), "slow", "older than Ampere: bfloat16 is emulated, fused attention is not there"),
         (not triton, "slow", "no Triton: sparse prefill is a loop on the host, hours for long prompts: install triton"),
         (not nccl and len(devices) > 1, "slow", "no NCCL: a stage uses one GPU, stages exchange data over the host"),
+        (
+            bool(triton) and not all(device.get("is_proven", True) for device in devices), "slow",
+            "Triton's kernels are checked without GPUs, and were never run on such a one: pytest tests/gpu tells",
+        ),
         (oldest < (9, 0), "slow", "older than Hopper: PyTorch multiplies experts one by one and waits for each layer"),
     )  # fmt: skip
 

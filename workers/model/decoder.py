@@ -63,6 +63,8 @@ class Decoder:
         on_cpu = device.type == "cpu" and FusedLayers.supports_weights(spec, weights.layers)
         self._fused = FusedLayers(spec, shard, weights.layers, self._head_norms) if on_cpu else None
         self._budgets: HeadBudgets | None = None  # of heads that are selected for on the device
+        if calls.supports(device):
+            calls.warn_unproven(device)
         if spec.sparse is not None and calls.supports(device):
             self._budgets = HeadBudgets(spec.sparse, range(*shard.layers), range(*shard.heads), device)
         self._layers_done = 0

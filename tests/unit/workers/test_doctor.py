@@ -36,7 +36,7 @@ def test_facts_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = torch_facts()
     assert (facts["nccl"], facts["nccl_version"], facts["triton"]) == (True, "2.29.3", "triton 3.6.0")
     kernels = ["cuda:0 torch.bfloat16 128", "cuda:1 torch.bfloat16 128"]
-    device = {"name": "H200", "capability": "9.0", "memory_bytes": 141 << 30}
+    device = {"name": "H200", "capability": "9.0", "is_proven": False, "memory_bytes": 141 << 30}
     assert facts["devices"] == [device | {"kernels": each} for each in kernels]
     monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: False)
     facts = torch_facts()

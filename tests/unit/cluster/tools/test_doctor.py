@@ -215,6 +215,13 @@ def test_cuda_build(
     assert check.detail == f"CUDA 12.8, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {', '.join([each] * count)}"
 
 
+def test_kernels_that_never_ran_on_such_a_gpu() -> None:
+    device = {"name": "H200", "capability": "9.0", "kernels": "triton", "is_proven": False}
+    facts = {"devices": [device], "cuda_build": "12.8", "nccl_version": None, "triton": "3.7.1"}
+    check = doctor.check_cuda_build(facts)
+    assert (check.status, "never run on such a one" in check.advice) == ("slow", True)
+
+
 def test_the_oldest_gpu_decides() -> None:
     devices = [{"name": "GPU", "capability": each, "kernels": "torch"} for each in ("10.0", "9.0", "8.0")]
     facts = {"devices": devices, "cuda_build": "12.8", "nccl_version": "2.29.3", "triton": "3.6.0"}

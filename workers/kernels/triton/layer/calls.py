@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import torch
 
+from workers.kernels.triton import PROVEN_ON
+
+_log = logging.getLogger(__name__)
 _AMPERE = (8, 0)  # compute capability
 
 
@@ -23,6 +27,14 @@ def _has_triton() -> bool:
 def supports(device: torch.device) -> bool:
     """Return whether the kernels run on a device."""
     return device.type == "cuda" and _has_triton() and _capability(device) >= _AMPERE
+
+
+@functools.cache
+def warn_unproven(device: torch.device) -> None:
+    """Say once in the log that the kernels were never run on such a device."""
+    name = ".".join(map(str, _capability(device)))
+    if name not in PROVEN_ON:
+        _log.warning("kernels of Triton were never run on compute capability %s: pytest tests/gpu checks them", name)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

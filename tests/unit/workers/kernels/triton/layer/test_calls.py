@@ -25,6 +25,16 @@ def test_cpus_are_not_supported_and_gpus_only_with_triton(monkeypatch: pytest.Mo
     assert not calls.supports(torch.device("cuda", 0))
 
 
+def test_a_device_that_is_new_to_the_kernels_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    calls.warn_unproven.cache_clear()
+    calls.warn_unproven(CPU)
+    calls.warn_unproven(CPU)
+    calls.warn_unproven.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels of Triton were never run on compute capability 8.0: pytest tests/gpu checks them"
+    ]
+
+
 def test_the_model_is_imported_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
