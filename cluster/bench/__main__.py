@@ -212,10 +212,10 @@ def _say(line: str) -> None:
 
 @_measurement
 @click.option("--length", default="4K", callback=_count, help="Prompt tokens.")
-@click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
+@click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the runner and of the one actor.")
 @click.option("--counts", default="0,1,2,4", callback=_counts, help="Numbers of busy processes; the first is 1.0.")
 @click.option("--kind", type=click.Choice(KINDS), default="loop", help="What they do; `pinned`: each on one core.")
-@click.option("--repeats", default=3, help="Prefills of each in turns behind a median.")
+@click.option("--repeats", type=click.IntRange(1), default=3, help="Prefills of each in turns behind a median.")
 def neighbours(
     model: Path, chunk: int, length: int, threads: int, counts: list[int], kind: Kind, repeats: int
 ) -> dict[str, Any]:

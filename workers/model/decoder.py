@@ -172,13 +172,12 @@ class Decoder:
         if not device.others:
             return device_step.attend_decoding(q, kv, device)
         queries, out = Queries(*q), torch.empty_like(q[0])
-        cells = sparse if isinstance(sparse, DeviceSparsePrefill) else None
-        if cells is not None:
-            cells.attend(queries, kv, out)
-        for piece in device.others:
-            if cells is None or not piece.sparse:
-                one_by_one = None if isinstance(sparse, DeviceSparsePrefill) else sparse
-                out[piece.rows] = self._attend_piece(piece, queries, index, step, one_by_one)
+        pieces = device.others
+        if isinstance(sparse, DeviceSparsePrefill):
+            sparse.attend(queries, kv, out)
+            pieces, sparse = tuple(piece for piece in pieces if not piece.sparse), None
+        for piece in pieces:
+            out[piece.rows] = self._attend_piece(piece, queries, index, step, sparse)
         if device.rows is not None:
             out[device.decoding] = device_step.attend_decoding(q, kv, device)
         return out
