@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cluster.bench.planning.watch import OtherLoad, PeakMemory
@@ -48,24 +49,31 @@ SHAPES = (
 )
 
 
-def check_plan(
-    model: Path, length: int, chunk: int, decode: int, resume: Path | None, say: Callable[[str], None]
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """What every shape reads: prompt tokens and tokens of a step, then decode steps, so many times."""
+
+    length: int
+    chunk: int
+    decode: int
+    repeats: int = 1
+
+
+def check_plan(model: Path, amount: Amount, resume: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Return predicted and measured memory and times of every shape, with their errors.
 
-    Every head reads an eighth and a half of the length first, which is all that the predictions know. Rows that
-    others have disturbed are marked.
+    Every head reads an eighth and a half of the length first, which is all that the predictions know. Times are the
+    medians of the repeats, each of another prompt. Rows that others have disturbed are marked.
 
     Args:
-        length: tokens of the prompt; decode steps are measured at its end.
         resume: a file of JSON lines; shapes it has are not measured again.
     """
-    run = {"model": model.resolve().name, "length": length, "chunk": chunk, "decode": decode}
+    run = {"model": model.resolve().name} | asdict(amount)
     results = Results(resume, run)
     done = {row["shape"]["name"] for row in results.rows}
     for number, shape in enumerate(SHAPES, start=1):
         if shape.name not in done:
-            row = _check_shape(model, shape, round(length * shape.scale), chunk, decode, say)
+            row = _check_shape(model, shape, replace(amount, length=round(amount.length * shape.scale)), say)
             results.add(row)
             say(f"{number} of {len(SHAPES)}: {shape.name}: {_summary(row)}")
     rows = results.rows
@@ -78,14 +86,12 @@ def check_plan(
     return run | {"rows": rows, "largest_errors": errors, "met": met}
 
 
-def _check_shape(
-    model: Path, shape: Shape, length: int, chunk: int, decode: int, say: Callable[[str], None]
-) -> dict[str, Any]:  # fmt: skip
-    actors = shape.stages * shape.shards
+def _check_shape(model: Path, shape: Shape, amount: Amount, say: Callable[[str], None]) -> dict[str, Any]:
+    actors, length, decode = shape.stages * shape.shards, amount.length, amount.decode
     threads = max(1, usable_cores() // actors)
     context = length + decode + 1
     head = running_head(
-        model, chunk, threads, kv_bytes="64GiB", cpus=usable_cores() / actors / 2, stages=shape.stages,
+        model, amount.chunk, threads, kv_bytes="64GiB", cpus=usable_cores() / actors / 2, stages=shape.stages,
         shards=shape.shards, max_model_len=str(-(-context // _PAGE) * _PAGE), max_num_seqs=1, kv_dtype=shape.kv,
         sparse=SPARSE if shape.sparse else {"enabled": False},
     )  # fmt: skip
@@ -95,12 +101,12 @@ def _check_shape(
             serve(client, tokens, 2 if number == 0 else decode // 2, number, runtime.deployment.spec.vocab_size)
         predicted = _predict(runtime, length, context)
         say(f"{shape.name}: {format_count(length)} tokens, {predicted['prefill_s']:.1f} s predicted")
-        row, measured = _measure(client, runtime, length, decode)
+        row, runs = _measure(client, runtime, amount)
     row |= {
         "shape": asdict(shape), "length": length, "threads": threads, "times_from": predicted["times_from"],
         "memory": _compare(predicted["memory"], row.pop("peak_bytes")),
-        "prefill_s": _compare(predicted["prefill_s"], measured.first_token_s),
-        "decode_s": _compare(predicted["decode_s"], measured.decode_s),
+        "prefill_s": _compare(predicted["prefill_s"], *(run.first_token_s for run in runs)),
+        "decode_s": _compare(predicted["decode_s"], *(run.decode_s for run in runs)),
     }  # fmt: skip
     return row
 
@@ -115,18 +121,22 @@ def _predict(runtime: ClusterRuntime, length: int, context: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _measure(client: Client, runtime: ClusterRuntime, length: int, decode: int) -> tuple[dict[str, Any], Served]:
+def _measure(client: Client, runtime: ClusterRuntime, amount: Amount) -> tuple[dict[str, Any], list[Served]]:
+    vocabulary = runtime.deployment.spec.vocab_size
     pids = runtime.launched.pids
     load = OtherLoad(pids)
     with PeakMemory(pids) as memory:
-        served = serve(client, length, decode + 1, 9, runtime.deployment.spec.vocab_size)
+        runs = [serve(client, amount.length, amount.decode + 1, 9 + n, vocabulary) for n in range(amount.repeats)]
     others = load.cores()
     row = {"peak_bytes": sum(memory.peaks), "other_load_cores": others, "disturbed": others > _DISTURBED}
-    return row, served
+    return row, runs
 
 
-def _compare(predicted: float, measured: float) -> dict[str, float]:
-    return {"predicted": predicted, "measured": measured, "error": round(predicted / measured - 1, 4)}
+def _compare(predicted: float, *measured: float) -> dict[str, Any]:
+    """Return a prediction beside the median of the repeats, which are listed if there are several."""
+    middle = median(measured)
+    row = {"predicted": predicted, "measured": middle, "error": round(predicted / middle - 1, 4)}
+    return row | ({"repeats": measured} if len(measured) > 1 else {})
 
 
 def _summary(row: dict[str, Any]) -> str:

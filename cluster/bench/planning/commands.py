@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cluster.bench.planning.check import SPARSE, check_plan
+from cluster.bench.planning.check import SPARSE, Amount, check_plan
 from cluster.bench.planning.eta import check_eta
 from cluster.bench.simulation.real import check_processes, check_stages
 from cluster.bench.simulation.study import draw_study, study, table
@@ -52,14 +52,18 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
 @click.option("--length", default="16K", show_default=True, help="Prompt tokens; the sparse shape has twice as many.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
 @click.option("--decode", type=click.IntRange(8), default=256, show_default=True, help="Decode steps after it.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of the measurement; medians.")
 @click.option("--resume", type=_PATH, help="A file of JSON lines: shapes it has are not measured again.")
 @_OUT
-def plan_check(model: Path, length: str, chunk: str, decode: int, resume: Path | None, out: Path | None) -> None:
+def plan_check(
+    model: Path, length: str, chunk: str, decode: int, repeats: int, resume: Path | None, out: Path | None
+) -> None:
     """Five shapes: what `longreach plan` predicts of memory and time, and what is measured.
 
     Exit code 1: memory is off by more than 5 %, or a time by more than 20 %.
     """
-    result = check_plan(model, parse_count(length), parse_count(chunk), decode, resume, _say)
+    amount = Amount(parse_count(length), parse_count(chunk), decode, repeats)
+    result = check_plan(model, amount, resume, _say)
     click.echo(write_result(out, {"what": "longreach plan against measurement"} | result))
     if not result["met"]:
         raise SystemExit(1)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from cluster.bench.planning import commands
+from cluster.bench.planning.check import Amount
 from tests.support.planner.models import config_json
 
 
@@ -18,7 +19,7 @@ def test_plan_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     asked: list[Any] = []
 
     def check(*given: Any) -> dict[str, Any]:
-        asked.append(given[:5])
+        asked.append(given[:3])
         return {"rows": [], "met": met}
 
     monkeypatch.setattr(commands, "check_plan", check)
@@ -26,7 +27,7 @@ def test_plan_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     options = ["--model", str(tmp_path), "--length", "8K", "--json", str(out)]
     result = CliRunner().invoke(commands.plan_check, options)
     assert result.exit_code == (0 if met else 1)
-    assert asked == [(tmp_path, 8192, 2048, 256, None)]
+    assert asked == [(tmp_path, Amount(8192, 2048, 256, repeats=3), None)]
     assert json.loads(out.read_text())["what"] == "longreach plan against measurement"
 
 
