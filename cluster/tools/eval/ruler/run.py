@@ -193,7 +193,7 @@ class RulerRun(GridRun[Series]):
         """Return the score and the time."""
         taken = format_duration(cell["total_s"])
         if "interval" not in cell:
-            return f"{100 * cell['score']:.0f} of {cell['samples']} questions in {taken}"
+            return f"{100 * cell['score']:.0f}, {cell['samples']} questions, in {taken}"
         low, high = cell["interval"]
         return f"{100 * cell['score']:.0f} ({100 * low:.0f} to {100 * high:.0f}) in {taken}"
 
