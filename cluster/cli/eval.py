@@ -220,6 +220,10 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
 @click.option(
     "--samples", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Of every task and length."
 )  # fmt: skip
+@click.option(
+    "--questions", type=click.IntRange(1, 100), default=1, show_default=True,
+    help="Samples of a task in one haystack, which is read once for them all; above 1 they are not RULER's own.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the samples.")
 @click.option("--max-tokens", type=Count(), help="Most tokens of an answer (default: RULER's, by task).")
 @click.option("--thinking/--no-thinking", default=False, help="enable_thinking for the chat template.")
@@ -230,12 +234,13 @@ def ruler(as_json: bool, out: Path, picture: bool, folder: Path | None, resume: 
     """Ask RULER's tasks at several lengths under every way to attend.
 
     Needles, variable tracking, common and frequent words, and questions over two facts (qa_synthetic, not of RULER),
-    all made on this machine. Every mode is one cluster. The result file is written after every task and length; exit
-    code 3 when one could not be run.
+    all made on this machine. Every mode is one cluster. The result file is written after every task and length (with
+    --questions, after every haystack); exit code 3 when one could not be run.
 
     \b
     longreach eval ruler --lengths 4K,16K --samples 20
     longreach eval ruler --model Qwen3-30B-A3B --config cluster.yaml --lengths 64K,128K --modes yarn,dca,sparse
+    longreach eval ruler --lengths 128K --tasks niah_single_2,niah_multikey_1 --samples 40 --questions 10
     longreach eval ruler --export samples --lengths 4K,128K --samples 500
     """
     from cluster.tools.eval.modes import find_target
@@ -244,7 +249,9 @@ def ruler(as_json: bool, out: Path, picture: bool, folder: Path | None, resume: 
     from cluster.tools.eval.ruler.tasks import TASKS
 
     with one_line_errors():
-        names = ("lengths", "samples", "seed", "max_tokens", "thinking", "kv", "document", "sparse_threshold")
+        names = (
+            "lengths", "samples", "questions", "seed", "max_tokens", "thinking", "kv", "document", "sparse_threshold"
+        )  # fmt: skip
         options = RulerOptions(
             tasks=tuple(TASKS) if given["tasks"] == "all" else _names(given["tasks"]), modes=_names(given["modes"]),
             more=dict(given["settings"]), **{name: given[name] for name in names},

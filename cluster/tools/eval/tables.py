@@ -12,7 +12,7 @@ from rich.table import Table
 from cluster.common.text_format import one_line
 from cluster.common.units import format_count
 from cluster.tools.display import in_table, plain_table
-from cluster.tools.eval.ruler.tables import cost_of_sparse, ruler_table
+from cluster.tools.eval.ruler.tables import cost_of_sparse, describe_samples, ruler_table
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -117,7 +117,7 @@ def _head_figures(heads: dict[str, Any] | None) -> tuple[str, str, str, str]:
 
 
 def _print_ruler(report: dict[str, Any], console: Console) -> None:
-    title = f"{in_table(report['model'])}, {report['samples']} samples a task and length, score in percent"
+    title = f"{in_table(report['model'])}, {describe_samples(report)}, score in percent"
     console.print(f"{title} (95 % interval)", highlight=False)
     console.print(ruler_table(report))
     for line in cost_of_sparse(report):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cluster.common.units import format_count
-from cluster.tools.eval.ruler.tables import average
+from cluster.tools.eval.ruler.tables import average, describe_samples, result
 from cluster.tools.figures import empty_figure
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def draw_scores(report: dict[str, Any]) -> Figure:
         axis.set_ylabel("score")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{report['model']}: {report['samples']} samples a task and length, 95 % intervals", fontsize=12)
+    figure.suptitle(f"{report['model']}: {describe_samples(report)}, 95 % intervals", fontsize=12)
     return figure
 
 
@@ -61,8 +61,4 @@ def _point(report: dict[str, Any], panel: str, mode: str, length: int) -> tuple[
     if panel == "average":
         found = average(report, mode, length)
         return (found[0], found[0] - found[1], found[0] + found[1]) if found else None
-    place = (panel, mode, length)
-    for cell in report["cells"]:
-        if (cell["task"], cell["mode"], cell["length"]) == place and "score" in cell:
-            return (cell["score"], *cell["interval"])
-    return None
+    return result(report, mode, length, panel)

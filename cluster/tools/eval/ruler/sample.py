@@ -26,13 +26,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """Makes samples of any size (sentences, words or distractors, as the task counts), from `smallest` on.
+    """Makes the samples of one haystack of any size (sentences, words or distractors, as the task counts).
 
-    The same size and random state give the same sample.
+    They differ in their last lines, the questions, and in what follows. The same size and random state give the same
+    samples.
     """
 
-    smallest: int
-    make: Callable[[int, random.Random], Sample]
+    smallest: int  # size
+    make: Callable[[int, random.Random], tuple[Sample, ...]]
 
 
 @dataclass(frozen=True, slots=True)

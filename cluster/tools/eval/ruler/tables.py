@@ -14,20 +14,38 @@ from cluster.tools.eval.ruler.scoring import differences
 
 def scores_of(report: dict[str, Any], mode: str, length: int) -> dict[str, list[float]]:
     """Return the scores of all samples by task, of tasks that have a result."""
-    cells = {
-        cell["task"]: cell
-        for cell in report["cells"]
-        if (cell["mode"], cell["length"]) == (mode, length) and "outcomes" in cell
-    }
+    found: dict[str, list[float]] = {}
+    cells = [cell for cell in report["cells"] if (cell["mode"], cell["length"]) == (mode, length)]
+    for cell in sorted(cells, key=lambda cell: cell.get("haystack", 0)):
+        for outcome in cell.get("outcomes", ()):
+            found.setdefault(outcome.get("task", cell["task"]), []).append(outcome["score"])
+    return {task: found[task] for task in report["tasks"] if task in found}
+
+
+def all_scores(report: dict[str, Any], mode: str, length: int) -> dict[str, list[float]]:
+    """Return the scores by task, of tasks that have all of their samples."""
     return {
-        task: [outcome["score"] for outcome in cells[task]["outcomes"]] for task in report["tasks"] if task in cells
+        task: scores for task, scores in scores_of(report, mode, length).items() if len(scores) == report["samples"]
     }
+
+
+def result(report: dict[str, Any], mode: str, length: int, task: str) -> tuple[float, float, float] | None:
+    """Return the score of a task and its interval; None without a result. Some of its haystacks may be missing."""
+    scores = scores_of(report, mode, length).get(task)
+    return (sum(scores) / len(scores), *scoring.interval(scores, report.get("questions", 1))) if scores else None
 
 
 def average(report: dict[str, Any], mode: str, length: int) -> tuple[float, float] | None:
-    """Return the mean over tasks and the half-width of its interval; None unless every task has a result."""
-    scores = scores_of(report, mode, length)
-    return scoring.average(scores.values()) if len(scores) == len(report["tasks"]) else None
+    """Return the mean over tasks and the half-width of its interval; None unless every task has all samples."""
+    scores = all_scores(report, mode, length)
+    complete = len(scores) == len(report["tasks"])
+    return scoring.average(scores.values(), report.get("questions", 1)) if complete else None
+
+
+def describe_samples(report: dict[str, Any]) -> str:
+    """Return how many samples there are, and what they are where they are not RULER's."""
+    note = f" ({report['note']})" if "note" in report else ""
+    return f"{report['samples']} samples a task and length{note}"
 
 
 def ruler_table(report: dict[str, Any]) -> Table:
@@ -35,11 +53,10 @@ def ruler_table(report: dict[str, Any]) -> Table:
     table = plain_table("task", "tokens", *map(in_table, report["modes"]))
     for column in table.columns[1:]:
         column.justify = "right"
-    cells = {(cell["task"], cell["length"], cell["mode"]): cell for cell in report["cells"]}
     for task in report["tasks"]:
         for length in report["lengths"]:
-            found = [cells.get((task, length, mode)) for mode in report["modes"]]
-            table.add_row(in_table(task), format_count(length), *map(_score, found))
+            shown = [_score(report, mode, length, task) for mode in report["modes"]]
+            table.add_row(in_table(task), format_count(length), *shown)
     for length in report["lengths"] if len(report["tasks"]) > 1 else ():
         means = [average(report, mode, length) for mode in report["modes"]]
         shown = [f"{100 * mean[0]:.1f} ±{100 * mean[1]:.1f}" if mean else "" for mean in means]
@@ -51,18 +68,21 @@ def cost_of_sparse(report: dict[str, Any]) -> list[str]:
     """Return a line a length: how many points sparse prefill scores less than dense, sample by sample."""
     lines = []
     for length in report["lengths"]:
-        found = differences(scores_of(report, "sparse", length), scores_of(report, "dca", length))
+        sparse, dense = all_scores(report, "sparse", length), all_scores(report, "dca", length)
+        found = differences(sparse, dense, report.get("questions", 1))
         if found is not None:
             mean, reach = found
             lines.append(f"sparse less dca at {format_count(length)}: {100 * mean:+.1f} ±{100 * reach:.1f} points")
     return lines
 
 
-def _score(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    if "error" in cell:
-        return "[red]failed[/]"
-    low, high = cell["interval"]
-    colour = "green" if cell["score"] >= 0.85 else "red" if cell["score"] < 0.5 else "yellow"
-    return f"[{colour}]{100 * cell['score']:.0f}[/] ({100 * low:.0f}-{100 * high:.0f})"
+def _score(report: dict[str, Any], mode: str, length: int, task: str) -> str:
+    found = result(report, mode, length, task)
+    if found is None:
+        cells = [cell for cell in report["cells"] if (cell["mode"], cell["length"]) == (mode, length)]
+        return "[red]failed[/]" if any(task in cell["task"].split("+") for cell in cells) else ""
+    score, low, high = found
+    done = len(scores_of(report, mode, length)[task])
+    part = f" of {done}" if done < report["samples"] else ""
+    colour = "green" if score >= 0.85 else "red" if score < 0.5 else "yellow"
+    return f"[{colour}]{100 * score:.0f}[/] ({100 * low:.0f}-{100 * high:.0f}){part}"

@@ -27,21 +27,27 @@ _TRADES = ("weaver", "baker", "clerk", "smith", "mason", "printer", "tailor", "c
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
-def two_hop_questions(size: int, rng: random.Random) -> Sample:
-    """Return `size` pairs of passages (who works at which house; where that house is) and a question about one pair."""
-    names = _names(3 * size, rng)
-    pairs = [*zip(names[:size], names[size : 2 * size], names[2 * size :], strict=True)]
-    passages = []
-    for person, house, town in pairs:
-        passages.append(rng.choice(_WORKS).format(person=person, house=house, trade=rng.choice(_TRADES)))
-        passages.append(rng.choice(_STANDS).format(house=house, town=town))
-    rng.shuffle(passages)
-    context = "\n\n".join(f"Document {number}:\n{passage}" for number, passage in enumerate(passages, 1))
-    person, _, town = rng.choice(pairs)
-    return Sample(_TASK.format(context=context, query=f"In which town does {person} work?"), _PREFIX, (town,))
+def two_hop_questions(questions: int = 1) -> Generator:
+    """Return a maker of samples; their size is in pairs of passages.
 
+    A pair says who works at which house, and where that house is. Every question is about another pair.
+    """
 
-GENERATOR = Generator(2, two_hop_questions)
+    def make(size: int, rng: random.Random) -> tuple[Sample, ...]:
+        names = _names(3 * size, rng)
+        pairs = [*zip(names[:size], names[size : 2 * size], names[2 * size :], strict=True)]
+        passages = []
+        for person, house, town in pairs:
+            passages.append(rng.choice(_WORKS).format(person=person, house=house, trade=rng.choice(_TRADES)))
+            passages.append(rng.choice(_STANDS).format(house=house, town=town))
+        rng.shuffle(passages)
+        context = "\n\n".join(f"Document {number}:\n{passage}" for number, passage in enumerate(passages, 1))
+        return tuple(
+            Sample(_TASK.format(context=context, query=f"In which town does {person} work?"), _PREFIX, (town,))
+            for person, _, town in rng.sample(pairs, questions)
+        )
+
+    return Generator(max(2, questions), make)
 
 
 def _names(count: int, rng: random.Random) -> list[str]:

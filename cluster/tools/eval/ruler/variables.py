@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import string
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
+from operator import itemgetter
 
 from cluster.tools.eval.ruler.sample import NOISE, Generator, Sample
 
@@ -20,33 +22,43 @@ _PREFIX = (
 )
 
 
-def variable_tracking(length: int) -> Generator:
+def variable_tracking(length: int, questions: int = 1) -> Generator:
     """Return a maker of samples for contexts of `length` tokens; their size is in noise sentences.
 
-    One example with shorter names and its answer comes first.
+    One example with shorter names and its answer comes first. Every question has a chain of its own in the context.
     """
 
-    def make(size: int, rng: random.Random) -> Sample:
-        example = _one(min(_EXAMPLE_NOISES, length // 256), 3, rng)
-        wanted = _one(size, 5, rng)
+    def make(size: int, rng: random.Random) -> tuple[Sample, ...]:
+        (example,) = _chains(min(_EXAMPLE_NOISES, length // 256), 3, 1, rng)
         shown = f"{example.input}{example.answer_prefix} {' '.join(example.outputs)}\n\n\n\n"
-        return Sample(shown + wanted.input, wanted.answer_prefix, wanted.outputs)
+        return tuple(replace(wanted, input=shown + wanted.input) for wanted in _chains(size, 5, questions, rng))
 
     return Generator(1, make)
 
 
-def _one(num_noises: int, letters: int, rng: random.Random) -> Sample:
+def _chains(num_noises: int, letters: int, count: int, rng: random.Random) -> tuple[Sample, ...]:
+    """Return a question about each of `count` chains in one context. Names and values are all different."""
     names: dict[str, None] = {}
-    while len(names) <= HOPS:
+    while len(names) < count * (HOPS + 1):
         names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
-    order, value = tuple(names), str(rng.randint(10_000, 99_999))
-    chain = [f"VAR {order[0]} = {value}"]
-    chain += [f"VAR {new} = VAR {old}" for old, new in pairwise(order)]
-    lines = [NOISE] * num_noises
+    values: dict[str, None] = {}
+    while len(values) < count:
+        values[str(rng.randint(10_000, 99_999))] = None
+    each = iter(names)
+    chains = {value: tuple(islice(each, HOPS + 1)) for value in values}
     room = range(num_noises + 1)
-    is_long = len(room) >= len(chain)
-    places = sorted(rng.sample(room, len(chain)) if is_long else rng.choices(room, k=len(chain)), reverse=True)
-    for place, line in zip(places, reversed(chain), strict=True):
-        lines.insert(place, line)
-    prefix = _PREFIX.format(count=len(order), value=value)
-    return Sample(_TASK.format(context="\n".join(lines), value=value), prefix, order)
+    placed: list[tuple[int, str]] = []  # noise sentences before an assignment
+    for value, chain in chains.items():
+        lines = [f"VAR {chain[0]} = {value}", *(f"VAR {new} = VAR {old}" for old, new in pairwise(chain))]
+        is_long = len(room) >= len(lines)
+        places = sorted(rng.sample(room, len(lines)) if is_long else rng.choices(room, k=len(lines)))
+        placed += zip(places, lines, strict=True)
+    text = [NOISE] * num_noises
+    placed.sort(key=itemgetter(0))
+    for place, line in reversed(placed):
+        text.insert(place, line)
+    context = "\n".join(text)
+    return tuple(
+        Sample(_TASK.format(context=context, value=value), _PREFIX.format(count=len(chain), value=value), chain)
+        for value, chain in chains.items()
+    )

@@ -35,12 +35,12 @@ def common_words(material: Material, length: int) -> Generator:
     """
     repeats, example = ((30, 3), (40, 10, 3)) if length >= _LONG else ((6, 1), (20, 3, 1))
 
-    def make(size: int, rng: random.Random) -> Sample:
+    def make(size: int, rng: random.Random) -> tuple[Sample, ...]:
         shown, shown_answer = _numbered(material, *example, rng)
         listed, answer = _numbered(material, size, *repeats, rng)
         numbered = " ".join(f"{number}. {word}" for number, word in enumerate(shown_answer, 1))
         before = f"{_LIST.format(context=shown)}{_LIST_PREFIX} {numbered}\n"
-        return Sample(before + _LIST.format(context=listed), _LIST_PREFIX, answer)
+        return (Sample(before + _LIST.format(context=listed), _LIST_PREFIX, answer),)
 
     return Generator(COMMON + 1, make)
 
@@ -67,11 +67,11 @@ def frequent_words(length: int) -> Generator:
     """
     num_words = max(COMMON, length // _TOKENS_PER_CODED_WORD)
 
-    def make(size: int, rng: random.Random) -> Sample:
+    def make(size: int, rng: random.Random) -> tuple[Sample, ...]:
         words = ["...", *_coded_words(num_words - 1, rng)]
         text = [word for rank, word in enumerate(words, 1) for _ in range(int(size * rank**-ALPHA / _ZETA))]
         rng.shuffle(text)
-        return Sample(_CODED.format(context=" ".join(text)), _CODED_PREFIX, tuple(words[1:4]))
+        return (Sample(_CODED.format(context=" ".join(text)), _CODED_PREFIX, tuple(words[1:4])),)
 
     return Generator(30, make)  # the fourth rank appears at least once
 

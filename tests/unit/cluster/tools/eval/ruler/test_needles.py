@@ -9,14 +9,15 @@ from collections import Counter
 
 import pytest
 
-from cluster.tools.eval.ruler.needles import DEPTHS, NeedleTask
+from cluster.tools.eval.ruler.needles import DEPTHS, NeedleTask, needle_generator
 from cluster.tools.eval.ruler.sample import NOISE, Material, Sample
 
 HIDDEN = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.(?=\s|$)")
 
 
 def sample(task: NeedleTask, material: Material, size: int = 50, seed: int = 0) -> Sample:
-    return task.generator(material).make(size, random.Random(seed))
+    (made,) = needle_generator([task], 1, material).make(size, random.Random(seed))
+    return made
 
 
 def test_one_key_in_noise_word_for_word(material: Material) -> None:
@@ -90,3 +91,32 @@ def test_distractors_never_have_the_key_that_is_asked(material: Material) -> Non
         made = sample(NeedleTask("needles"), few, seed=seed)
         key = made.answer_prefix.split()[5]
         assert [value for _, name, value in HIDDEN.findall(made.input) if name == key] == list(made.outputs)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "questions", "hidden"),
+    [
+        ([NeedleTask("text"), NeedleTask("text", keys=4)], 20, 100),  # more than there are depths
+        ([NeedleTask("text", values=4), NeedleTask("text", keys=4, queries=4)], 3, 24),
+        ([NeedleTask("noise")], 5, 5),
+        ([NeedleTask("needles", key_kind="uuids", value_kind="uuids")], 5, 205),
+    ],
+)
+def test_samples_of_one_haystack(tasks: list[NeedleTask], questions: int, hidden: int, material: Material) -> None:
+    """The texts are equal up to the question; every wanted value stands there once, for a key of this sample alone."""
+    samples = needle_generator(tasks, questions, material).make(200, random.Random(1))
+    assert len(samples) == len(tasks) * questions
+    assert len({made.input.rpartition("\n")[0] for made in samples}) == 1
+    found = HIDDEN.findall(samples[0].input)
+    assert len(found) == hidden
+    values: dict[str, list[str]] = {}
+    for _, key, value in found:
+        values.setdefault(key, []).append(value)
+    asked: list[str] = []
+    for made in samples:
+        keys = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)+", made.input.rpartition("\n")[2])
+        assert sorted(value for key in keys for value in values[key]) == sorted(made.outputs)
+        assert all(made.input.count(value) == 1 for value in made.outputs)
+        asked += keys
+    assert len(set(asked)) == len(asked) == questions * sum(task.queries for task in tasks)
+    assert samples == needle_generator(tasks, questions, material).make(200, random.Random(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -35,6 +35,8 @@ def display() -> Display:
 class Oracle:
     """A runtime that answers what `reply` makes of a prompt."""
 
+    asked: ClassVar[list[tuple[int, int]]] = []  # prompts and length scale of each call, of all runtimes
+
     def __init__(self, deployment: Deployment, reply: Reply) -> None:
         self.max_model_len, self._reply = deployment.max_model_len, reply
 
@@ -44,7 +46,8 @@ class Oracle:
 
     def close(self) -> None: ...
 
-    def generate(self, prompts: list[list[int]], ask: Any, *_: object) -> list[Generation]:
+    def generate(self, prompts: list[list[int]], ask: Any, follow: object, pinned_len: int = 0) -> list[Generation]:
+        self.asked.append((len(prompts), pinned_len))
         assert all(len(prompt) + ask.max_tokens <= self.max_model_len for prompt in prompts)
         return [generation(self._reply(TOKENIZER.decode(prompt)), len(prompt)) for prompt in prompts]
 
@@ -117,6 +120,68 @@ def test_an_evaluation_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate(RulerOptions((1024,), NEEDLES, ("plain", "sparse"), samples=2, seed=1), answer, monkeypatch, report)
 
 
+SHARED = ("niah_single_2", "niah_multikey_1", "niah_multikey_2")
+
+
+def test_haystacks_are_cells_that_an_evaluation_goes_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that share haystacks are asked at once, at one length scale; a cell that failed is asked again, alone."""
+    options = RulerOptions((2048,), SHARED, ("dca",), samples=6, questions=3)
+    asked = 0
+
+    def fails_once(text: str) -> str:
+        nonlocal asked
+        asked += 1
+        if asked == 7:
+            raise EngineError("gone")
+        return answer(text)
+
+    Oracle.asked.clear()
+    report = evaluate(options, fails_once, monkeypatch)
+    assert [(cell["task"], cell["haystack"]) for cell in report["cells"]] == [
+        (task, haystack) for haystack in (0, 1) for task in ("niah_single_2+niah_multikey_1", "niah_multikey_2")
+    ]
+    assert ["error" in cell for cell in report["cells"]] == [False, True, False, False]
+    assert [prompts for prompts, _ in Oracle.asked] == [6, 3, 6, 3]
+    assert Oracle.asked[0][1] == report["cells"][0]["prompt_tokens"] <= 2048 - 128
+    assert (report["questions"], report["note"]) == (3, "questions: 3 a haystack; not RULER's own samples")
+    first = report["cells"][0]
+    assert [outcome["task"] for outcome in first["outcomes"]] == ["niah_single_2"] * 3 + ["niah_multikey_1"] * 3
+    assert (first["score"], first["samples"]) == (1.0, 6)
+    again = evaluate(options, fails_once, monkeypatch, json.loads(json.dumps(report)))
+    assert [prompts for prompts, _ in Oracle.asked[4:]] == [3]
+    assert [cell.get("score") for cell in again["cells"]] == [1.0] * 4
+    with pytest.raises(UserError, match=r"--resume: has another questions \(3, now 1\)"):
+        evaluate(RulerOptions((2048,), SHARED, ("dca",), samples=6), answer, monkeypatch, report)
+
+
+def test_results_from_before_questions_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = RulerOptions((1024,), NEEDLES, ("plain",), samples=1)
+    report = evaluate(options, answer, monkeypatch)
+    del report["questions"]
+    assert "note" not in report
+    Oracle.asked.clear()
+    assert len(evaluate(options, answer, monkeypatch, report)["cells"]) == 2
+    assert Oracle.asked == []
+
+
+def test_questions_have_room_beside_their_haystack() -> None:
+    assert RulerOptions(tasks=SHARED).extra_tokens("sparse") == 0
+    options = RulerOptions(tasks=SHARED, questions=2)
+    assert (options.extra_tokens("dca"), options.extra_tokens("sparse")) == (4 * 1024, 4 * (1024 + 8192))
+    assert RulerOptions(tasks=SHARED, questions=10).extra_tokens("dca") == 8 * 1024
+
+
+def test_samples_of_shared_haystacks_are_exported_by_task(tmp_path: Path) -> None:
+    assert export(DEMO, RulerOptions((2048,), SHARED, ("dca",), samples=4, questions=2), tmp_path, display()) == 12
+    texts = {}
+    for task in SHARED:
+        lines = (tmp_path / "2048" / task / "validation.jsonl").read_text().splitlines()
+        texts[task] = [json.loads(line)["input"].rpartition("\n")[0] for line in lines]
+        assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    assert texts["niah_single_2"] == texts["niah_multikey_1"]
+    assert [len(set(each)) for each in texts.values()] == [2, 2, 2]
+
+
 def test_export_writes_what_would_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = RulerOptions((1024,), ("vt", "niah_single_1"), ("plain",), samples=2)
     assert export(DEMO, options, tmp_path, display()) == 4
@@ -135,6 +200,8 @@ def test_export_writes_what_would_be_asked(tmp_path: Path, monkeypatch: pytest.M
         ({"modes": ("plain", "plain")}, "--modes"),
         ({"tasks": ("niah",)}, "--tasks: niah: must be"),
         ({"lengths": (128,), "tasks": ("vt",)}, "--lengths: 128: vt needs at least"),
+        ({"samples": 20, "questions": 3}, "--questions: 3: must divide --samples, which is 20"),
+        ({"questions": 2}, "--questions: 2: cwe, fwe: one question a text is all there is"),
         ({"modes": ("alibi",)}, "--modes: alibi: must be among plain, yarn, dca, sparse"),
         ({"document": Path("/nowhere.txt")}, "nowhere"),
     ],

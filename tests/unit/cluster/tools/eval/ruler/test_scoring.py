@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.tools.eval.ruler.scoring import average, differences, interval, mean_of_groups, score
+from cluster.tools.eval.ruler.scoring import average, design_effect, differences, interval, mean_of_groups, score
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,26 @@ def test_differences_are_paired() -> None:
     assert differences(first, second) == (0.125, 0.0)  # always the same: no interval
     assert differences({"vt": [1.0]}, {"cwe": [1.0]}) is None
     assert differences({"vt": [1.0]}, {"vt": [1.0, 0.0]}) is None
+
+
+def test_samples_of_one_haystack_count_less_where_haystacks_differ() -> None:
+    apart = [1.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4
+    assert design_effect(apart, 4) == 4.0
+    assert interval(apart, 4) == pytest.approx(interval([1.0, 0.0, 1.0, 0.0]))
+    alike = [1.0, 0.0, 1.0, 0.0] * 4
+    assert design_effect(alike, 4) == 1.0
+    assert interval(alike, 4) == interval(alike)
+    assert average([apart], 4)[1] == pytest.approx(average([[1.0, 0.0, 1.0, 0.0]])[1])
+    assert differences({"vt": apart}, {"vt": [0.0] * 16}, 4)[1] == pytest.approx(2 * mean_of_groups([apart])[1])  # type: ignore[index]
+    for scores, cluster in (([1.0] * 8, 4), ([1.0, 0.0], 2), (apart, 1)):
+        assert design_effect(scores, cluster) == 1.0
+
+
+def test_the_design_effect_on_average() -> None:
+    """Scores of haystacks with 30 and 70 % right: the correlation is 0.16, so the effect is 1 + 9 * 0.16."""
+    rng = random.Random(7)
+    found = []
+    for _ in range(300):
+        shares = [rng.choice((0.3, 0.7)) for _ in range(40)]
+        found.append(design_effect([float(rng.random() < share) for share in shares for _ in range(10)], 10))
+    assert sum(found) / len(found) == pytest.approx(1 + 9 * 0.16, abs=0.1)

@@ -15,7 +15,7 @@ from cluster.tools.eval.ruler.word_counts import COMMON, common_words, frequent_
 @pytest.mark.parametrize(("length", "often", "seldom"), [(1024, 6, 1), (4095, 6, 1), (4096, 30, 3), (131072, 30, 3)])
 def test_ten_words_are_common(material: Material, length: int, often: int, seldom: int) -> None:
     for seed, size in enumerate((COMMON + 1, 57, 255, 256, 1000)):
-        made = common_words(material, length).make(size, random.Random(seed))
+        (made,) = common_words(material, length).make(size, random.Random(seed))
         example, _, main = made.input.partition(" Answer: The top 10 words that appear most often in the list are:")
         numbered = re.findall(r"(\d+)\. (\w+)", main.partition("Memorize the ones")[2])
         assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
@@ -30,14 +30,14 @@ def test_ten_words_are_common(material: Material, length: int, often: int, seldo
 
 def test_lists_longer_than_all_words_get_coded_ones(material: Material) -> None:
     size = len(material.listed) + 500
-    made = common_words(material, 1 << 20).make(size, random.Random(0))
+    (made,) = common_words(material, 1 << 20).make(size, random.Random(0))
     words = set(re.findall(r"\d+\. (\w+)", made.input.rpartition("Memorize the ones")[2]))
     assert len(words) == size
 
 
 @pytest.mark.parametrize(("length", "size"), [(512, 30), (4096, 500), (65536, 20_000)])
 def test_coded_words_follow_zetas_distribution(length: int, size: int) -> None:
-    made = frequent_words(length).make(size, random.Random(5))
+    (made,) = frequent_words(length).make(size, random.Random(5))
     text = made.input.partition("coded words. ")[2].partition("\n")[0].split(" ")
     (dots, most), *rest = Counter(text).most_common()
     assert dots == "..."
