@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from cluster.bench.load import measure_load
 from cluster.bench.planning.commands import PLANNING_COMMANDS
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.bench.soak import draw_soak, measure_soak
-from cluster.bench.speed.neighbours import KINDS, Kind, measure_neighbours
+from cluster.bench.speed.neighbours import KINDS, Kind, Neighbour, measure_neighbours
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
 
@@ -215,11 +216,15 @@ def _say(line: str) -> None:
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the runner and of the one actor.")
 @click.option("--counts", default="0,1,2,4", callback=_counts, help="Numbers of busy processes; the first is 1.0.")
 @click.option("--kind", type=click.Choice(KINDS), default="loop", help="What they do; `pinned`: each on one core.")
+@click.option("--command", help="A program in their place, such as a server without requests; try --counts 0,1.")
+@click.option("--settle", type=click.FloatRange(0), default=1.0, help="Seconds until they have begun.")
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Prefills of each in turns behind a median.")
 def neighbours(
-    model: Path, chunk: int, length: int, threads: int, counts: list[int], kind: Kind, repeats: int
-) -> dict[str, Any]:
-    """Prefill through the service and in the bare runner beside busy processes on the same cores."""
+    model: Path, chunk: int, length: int, threads: int, counts: list[int], kind: Kind, command: str | None,
+    settle: float, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Prefill through the service and in the bare runner beside other programs on the same cores."""
+    program = Neighbour(kind, command, settle)
     seeds = iter(range(1, 1 << 20))
     with (
         running_head(model, chunk, threads) as (client, _),
@@ -235,9 +240,10 @@ def neighbours(
         rates: dict[str, Callable[[], float]] = {"served": served, "bare": alone}
         for rate in rates.values():
             rate()
-        rows = measure_neighbours(rates, counts, kind, repeats, _say)
+        rows = measure_neighbours(rates, counts, program, repeats, _say)
     what = "prefill beside busy processes"
-    return {"what": what, "length": length, "chunk": chunk, "threads": threads, "kind": kind, "rows": rows}
+    beside = Path(shlex.split(command)[0]).name if command else kind
+    return {"what": what, "length": length, "chunk": chunk, "threads": threads, "kind": beside, "rows": rows}
 
 
 @main.command()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from protos.node.environment import usable_cores
@@ -24,30 +28,58 @@ _PINNED = (
 _VECTOR = "import numpy\na = numpy.ones((1024, 1024), numpy.float32)\nwhile True: a @ a"
 _PROGRAMS: dict[Kind, str] = {"loop": _LOOP, "pinned": _PINNED, "vector": _VECTOR}
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_SETTLE_S = 1.0  # until they compute
+_END_S = 10.0  # for a program to end after SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A program beside the measurement: one of `KINDS`, or a command line of any program, such as an idle server.
+
+    Its processes have `settle_s` seconds to begin.
+    """
+
+    kind: Kind = "loop"
+    command: str | None = None
+    settle_s: float = 1.0
+
+    def start(self, number: int) -> subprocess.Popen[bytes]:
+        """Start the program for the `number`-th time, in a process group of its own."""
+        if self.command is not None:
+            return subprocess.Popen(shlex.split(self.command), stdout=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-c", _PROGRAMS[self.kind], str(number % usable_cores())]
+        return subprocess.Popen(command, env=_ONE_THREAD, start_new_session=True)
 
 
 @contextmanager
-def neighbours(count: int, kind: Kind) -> Iterator[None]:
-    """Let `count` processes compute meanwhile, each one thread."""
+def neighbours(count: int, program: Neighbour) -> Iterator[None]:
+    """Let a program run `count` times meanwhile."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(count):
-            command = [sys.executable, "-c", _PROGRAMS[kind], str(number % usable_cores())]
-            running.append(subprocess.Popen(command, env=_ONE_THREAD, start_new_session=True))
+            running.append(program.start(number))
         if count:
-            time.sleep(_SETTLE_S)
+            time.sleep(program.settle_s)
         if any(process.poll() is not None for process in running):
-            raise RuntimeError(f"neighbours: a process of kind {kind} ended by itself")
+            raise RuntimeError(f"neighbours: {program.command or program.kind} ended by itself")
         yield
     finally:
         for process in running:
-            process.kill()
-            process.wait()
+            _end(process, gently=program.command is not None)
+
+
+def _end(process: subprocess.Popen[bytes], gently: bool) -> None:
+    """End a process with all of its group: a server's own children would stay behind."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if gently:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(_END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def measure_neighbours(
-    rates: Mapping[str, Rate], counts: Sequence[int], kind: Kind, repeats: int,
+    rates: Mapping[str, Rate], counts: Sequence[int], program: Neighbour, repeats: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure every rate beside each number of neighbours, in turns; returns a row a number.
@@ -58,7 +90,7 @@ def measure_neighbours(
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
     for count in counts:
-        with neighbours(count, kind):
+        with neighbours(count, program):
             measured: dict[str, list[float]] = {name: [] for name in rates}
             for repeat in range(repeats):
                 for name, rate in rates.items():

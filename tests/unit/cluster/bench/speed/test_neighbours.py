@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster.bench.speed.neighbours import KINDS, Kind, measure_neighbours, neighbours
+from cluster.bench.speed.neighbours import KINDS, Kind, Neighbour, measure_neighbours, neighbours
 
 
 def started() -> list[psutil.Process]:
@@ -22,7 +24,7 @@ def started() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_compute_and_end(kind: Kind) -> None:
-    with neighbours(2, kind):
+    with neighbours(2, Neighbour(kind)):
         running = started()
         assert len(running) == 2
         assert all(sum(process.cpu_times()[:2]) > 0 for process in running)
@@ -32,7 +34,7 @@ def test_they_compute_and_end(kind: Kind) -> None:
 
 
 def test_they_end_with_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), neighbours(1, "loop"):
+    with pytest.raises(ZeroDivisionError), neighbours(1, Neighbour()):
         raise ZeroDivisionError
     assert not started()
 
@@ -43,7 +45,7 @@ def test_shares_are_of_the_first_number() -> None:
     def rate() -> float:
         return 100.0 / (1 + len(started()))
 
-    rows = measure_neighbours({"served": rate, "bare": lambda: 50.0}, [0, 1], "loop", 2, lines.append)
+    rows = measure_neighbours({"served": rate, "bare": lambda: 50.0}, [0, 1], Neighbour(), 2, lines.append)
     assert [row["neighbours"] for row in rows] == [0, 1]
     assert rows[0]["served"] == {"tokens_per_s": [100.0, 100.0], "median": 100.0, "share": 1.0}
     assert rows[1]["served"] == {"tokens_per_s": [50.0, 50.0], "median": 50.0, "share": 0.5}
@@ -51,3 +53,21 @@ def test_shares_are_of_the_first_number() -> None:
     assert rows[0]["fair"] == 1.0
     assert 0.5 <= rows[1]["fair"] < 1.0
     assert lines[0] == "0 neighbours, served, 1 of 2: 100 tokens/s"
+
+
+def test_a_command_ends_with_its_children(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text("import subprocess\nsubprocess.run(['sleep', '600'])  # while True")
+    with neighbours(1, Neighbour(command=f"{sys.executable} {script}  'while True'", settle_s=0.5)):
+        (server,) = started()
+        (child,) = server.children()
+    assert not started()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "nobody may have waited for it yet"
+
+
+def test_a_command_that_ends_is_an_error() -> None:
+    with (
+        pytest.raises(RuntimeError, match="true ended by itself"),
+        neighbours(1, Neighbour(command="true", settle_s=0.2)),
+    ):
+        pass
