@@ -101,7 +101,7 @@ def test_thresholds_and_lists(capability: int) -> None:
         "bitmap", "blocks", "counts", "num_blocks", "num_columns", "nears", "fars", "ends", "words", "totals",
         "column_totals", "dense", "cells",
     )  # fmt: skip
-    constants = {"HEADS": 32, "TILE": 128, "STEPS": 14, "BLOCK": 1024}
+    constants = {"HEADS": 32, "TILE": 128, "BLOCK": 1024}
     build(device_lists.lists_kernel, capability, dict.fromkeys(names, INTEGERS), constants)
 
 
