@@ -75,6 +75,19 @@ def test_selections(start: int, rows: int, distance: int, tile: int, dim: int) -
     check(got, cell.reference(twin))
 
 
+def test_selections_do_not_wait_for_the_device() -> None:
+    cell = make(8192 - 193, 193, 0, torch.int8, 128, 6, True)
+    there, device = on_gpu(cell), torch.device("cuda")
+    lists, scales = cuda.plan_lists(cell.plan, 128, device), cell.scales.cuda()
+    room = cuda.column_rows(lists.columns.shape[1], 6, 128)
+    for mode in ("default", "error"):  # the first call builds the kernels, and copies the page table
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            cuda.attend_lists(there.q, cuda.stage(there.kv, there.table, 8192, room), cell.plan, scales, lists)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_the_path_is_taken() -> None:
     cell = on_gpu(make(500, 193, 250, torch.int8, 128, 6, True))
     assert cuda.supports(cell.q.intra, cell.kv, cell.plan)

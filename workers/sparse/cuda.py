@@ -150,6 +150,7 @@ class StepSelection:
         others = [held_out_rows(cell.plan.length, spec.last_q) for cell in cells]
         self.estimate = _sample(cells, sampled, num_rows, device, at_end=True)
         self.held_out = _sample(cells, others, 32, device)
+        self.scales = [_moved(cell.scales, device) for cell in cells]  # of all their rows, for attention
         group = len(budgets.heads) // kv_heads
         host = [
             [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
