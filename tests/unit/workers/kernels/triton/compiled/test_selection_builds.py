@@ -58,7 +58,7 @@ def test_log_sum_exps(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow, id="sm_80"), 90])
 def test_the_most_sampled_rows(capability: int) -> None:
-    """They fit shared memory; registers spill."""
+    """They fit shared memory; whether registers spill is left open."""
     shape = tile_shape(MAX_LAST_Q)
     constants = {**SIZES, "ROWS": MAX_LAST_Q, "BLOCK": shape.block}
     skipped = {"SKIP_COLUMNS": 0, "SKIP_OFFSETS": 0}
