@@ -1,8 +1,9 @@
 """Test modules that run kernels of Triton in its interpreter, each in a process of its own.
 
 The interpreter must be chosen (`TRITON_INTERPRET=1`) before a kernel is imported, and an address out of range ends the
-process. A conftest returns `interpreted_module` for such a module from `pytest_pycollect_makemodule`. To run single
-tests of it: `TRITON_INTERPRET=1 python -m pytest FILE`.
+process. A conftest returns `interpreted_module` for such a module from `pytest_pycollect_makemodule`. Fresh memory,
+which is often 0 on a CPU and never on a GPU, is NaN there or the largest integer. To run single tests of it:
+`TRITON_INTERPRET=1 python -m pytest --noconftest -p tests.support.interpreted FILE`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 _VARIABLE = "TRITON_INTERPRET"
 _TIMEOUT_S = 570  # below that of a test
@@ -23,6 +25,12 @@ _TIMEOUT_S = 570  # below that of a test
 def interpreted_module(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """Return a module of one test that runs the whole module in the interpreter; None in that process itself."""
     return None if os.environ.get(_VARIABLE) == "1" else _Module.from_parent(parent, path=module_path)
+
+
+def pytest_configure() -> None:
+    """Fill the memory that `torch.empty` returns; this module is a plugin of pytest in that process."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 class _Module(pytest.File):
@@ -36,7 +44,7 @@ class _Process(pytest.Item):
     def runtest(self) -> None:
         if importlib.util.find_spec("triton") is None:
             pytest.skip("triton is not installed")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", str(self.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", __name__, str(self.path)]
         done = subprocess.run(
             command, env={**os.environ, _VARIABLE: "1", "OMP_NUM_THREADS": "1"}, cwd=self.config.rootpath,
             capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,

@@ -69,6 +69,7 @@ class Decoder:
             self._budgets = HeadBudgets(spec.sparse, range(*shard.layers), range(*shard.heads), device)
         self._layers_done = 0
         self.on_experts: Callable[[int, torch.Tensor], None] | None = None  # layer, experts `[T, k]`; for measuring
+        self.settle: Callable[[], object] = lambda: None  # called before the host reads what the device computes
 
     @property
     def layers_done(self) -> int:
@@ -112,6 +113,7 @@ class Decoder:
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
         if isinstance(sparse, DeviceSparsePrefill):
+            self.settle()
             log.cells += sparse.reports()
         return x if delta is None else delta.add_(x)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +63,15 @@ class ModelRunner:
         self._tables = PageTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
         self._newest: dict[int, int] = {}  # token of each sequence: the input of plans without ids
+
+    @contextmanager
+    def settled_by(self, wait: Callable[[], object]) -> Iterator[None]:
+        """Have `compute` call `wait` before it reads from the device: reading itself waits without a limit."""
+        before, self.decoder.settle = self.decoder.settle, wait
+        try:
+            yield
+        finally:
+            self.decoder.settle = before
 
     def reset(self) -> None:
         """Forget every sequence; its pages may be used by other plans."""
@@ -123,6 +133,7 @@ class ModelRunner:
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
+        self.decoder.settle()
         sampled = [(part.sequence, part.sample) for part in plan.slices if part.sample is not None]
         # every rank samples the same tokens, and sends them to its peer in the first stage
         samples = self._sampler.sample_rows(logits, sampled)
@@ -141,6 +152,7 @@ class ModelRunner:
             for first in range(0, len(part.targets), _SCORED_ROWS):
                 last = min(first + _SCORED_ROWS, len(part.targets))
                 logits = self.decoder.logits(hidden[begin + first : begin + last])  # every rank takes part
+                self.decoder.settle()
                 if self._collectives.rank == 0:
                     found += score(logits, part, first)
             begin += part.length

@@ -39,6 +39,8 @@ _LOG2_E = math.log2(math.e)
 _EVERYTHING = 1 << 30  # a budget that no context reaches
 PROPOSALS = 12  # of adaptive budgets; the host does not know when the search is over
 _MIN_ROWS = 16  # of a matrix product
+MAX_LAST_Q = 128  # sampled rows of a head: the kernels hold all of them at once, in shared memory of this size
+_MAX_LAST_Q_BYTES = 163 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,13 @@ class HeadBudgets:
     """The budgets of the heads of a shard, on the device: made once, for all steps."""
 
     def __init__(self, spec: SparseSpec, layers: range, heads: range, device: torch.device | str) -> None:
-        """Copy the budgets of `layers` and query `heads` of the model; warns of heads without one."""
+        """Copy the budgets of `layers` and query `heads` of the model; warns of heads without one.
+
+        Raises:
+            ValueError: more rows of a cell are to be sampled than the kernels take.
+        """
+        if spec.last_q > (most := max_last_q(device)):
+            raise ValueError(f"sparse.last_q: {spec.last_q}: must be at most {most} on this GPU")
         self.heads, self._first_layer = heads, layers.start
         columns, offsets = [], []
         for layer in layers:
@@ -132,7 +140,7 @@ class StepSelection:
             shape: how the kernels cut their work; made for `spec.last_q` where None.
         """
         num_rows = max(_MIN_ROWS, 1 << (spec.last_q - 1).bit_length())
-        self._shape = shape or TileShape(block=max(TileShape().block, num_rows))
+        self._shape = shape or tile_shape(num_rows)
         self._spec, self._budgets, self._tile = spec, budgets, tile
         self._kv_heads, self._device = kv_heads, device
         self._starts = [cell.plan.start for cell in cells]
@@ -150,6 +158,7 @@ class StepSelection:
         others = [held_out_rows(cell.plan.length, spec.last_q) for cell in cells]
         self.estimate = _sample(cells, sampled, num_rows, device, at_end=True)
         self.held_out = _sample(cells, others, 32, device)
+        self.scales = [_moved(cell.scales, device) for cell in cells]  # of all their rows, for attention
         group = len(budgets.heads) // kv_heads
         host = [
             [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
@@ -303,6 +312,22 @@ class StepSelection:
         )
         dense = (recall < self._spec.recall_floor) & (is_before.sum(-1) < self._dense_room[..., None])
         return dense.view_as(held_out)
+
+
+def max_last_q(device: torch.device | str) -> int:
+    """Return how many rows of a cell the kernels sample at most; fewer where a multiprocessor has less memory."""
+    if torch.device(device).type != "cuda":
+        return MAX_LAST_Q
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return MAX_LAST_Q if room >= _MAX_LAST_Q_BYTES else TileShape().block
+
+
+def tile_shape(num_rows: int) -> TileShape:
+    """Return how the kernels cut their work for so many sampled rows of a head: a tile has as many rows in all."""
+    usual = TileShape()
+    block = max(usual.block, num_rows)
+    shared, shared_sums = (max(1, heads * usual.block // block) for heads in (usual.shared, usual.shared_sums))
+    return TileShape(block=block, shared=shared, shared_sums=shared_sums)
 
 
 def _sample(

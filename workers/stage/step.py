@@ -74,7 +74,7 @@ class Stepper:
         waits = time.perf_counter()
         hidden = self._receive(plan)
         came = time.perf_counter()
-        with self._computing():
+        with self._computing(), runner.settled_by(lambda: self._finish(plan.step)):
             out = runner.compute(prepared, hidden, keep_logits)
             self._finish(plan.step)
         ended = time.perf_counter()

@@ -91,8 +91,8 @@ class DeviceSparsePrefill:
             keys = staged.by_head(0, cells.stop)[0]
             lists = selection.select(self._layer, estimate, selection.held_out.take(q), keys)
             visited = []
-            for piece, own in zip(cells.pieces, lists, strict=True):
-                out[piece.rows], pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, piece.scales, own)
+            for piece, scales, own in zip(cells.pieces, selection.scales, lists, strict=True):
+                out[piece.rows], pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, scales, own)
                 visited.append(pairs)
             selection.note_visited(visited)
 

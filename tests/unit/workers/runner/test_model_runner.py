@@ -80,3 +80,15 @@ def test_a_plan_that_does_not_continue_is_refused_until_a_reset() -> None:
     one.reset()
     again = last(one, 67)
     assert again.tokens == expected.tokens
+
+
+def test_the_device_has_settled_before_tokens_are_read() -> None:
+    one = runner()
+    calls: list[int] = []
+    with one.settled_by(lambda: calls.append(one.decoder.layers_done)):
+        for plan in plans(67):
+            one.execute(plan)
+    assert calls == [6]  # after the two layers of the last of three steps, which is the only one that samples
+    one.reset()
+    last(one, 67)
+    assert len(calls) == 1

@@ -15,7 +15,7 @@ from workers.attention.plan import Queries
 from workers.kernels.triton.lists import CellLists, cell_lists
 from workers.kernels.triton.sparse import selection
 from workers.sparse import cuda, vertical_slash
-from workers.sparse.cuda import CellFigures, HeadBudgets
+from workers.sparse.cuda import CellFigures, HeadBudgets, tile_shape
 from workers.sparse.estimate import Estimate
 from workers.sparse.vertical_slash import CellChoice, choose
 
@@ -129,3 +129,13 @@ def test_budgets_of_a_shard() -> None:
     assert offsets.tolist() == [[2, 3]] * 2
     assert budgets.max_columns == 23
     assert np.array_equal(HeadBudgets(SparseSpec(), range(1), range(2), "cpu").of(0, 1)[0], [[0, 0]])
+
+
+def test_sampled_rows_that_tiles_have_no_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sparse\.last_q: 129: must be at most 128 on this GPU"):
+        HeadBudgets(SparseSpec(last_q=129, uniform=HeadBudget(1, 1)), range(1), range(1), "cpu")
+    for rows in (16, 64, 128):
+        shape = tile_shape(rows)
+        assert shape.block >= rows
+        assert shape.shared * rows <= 256
+        assert shape.shared_sums * rows <= 128

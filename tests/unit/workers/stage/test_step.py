@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ class FakeRunner:
         self.learned: list[tuple[int, int]] = []
         self.out = StepOutput(hidden=torch.zeros(1, 4))
         self.resets = 0
+
+    @contextmanager
+    def settled_by(self, wait: Callable[[], object]) -> Iterator[None]:
+        self.settle = wait
+        yield
 
     def reset(self) -> None:
         self.resets += 1
@@ -227,3 +233,27 @@ def test_a_device_that_is_late_is_freed(frees: bool, monkeypatch: pytest.MonkeyP
     reason = "step 7: the device has not finished within 1 s"
     assert (group.calls, inbox.calls) == ([reason], [reason])
     assert waits == [1.0, 10.0]
+
+
+def test_nothing_is_read_from_a_device_that_is_late(monkeypatch: pytest.MonkeyPatch):
+    """A copy to the host waits for the device without a limit."""
+    read: list[str] = []
+
+    class Reader(FakeRunner):
+        def compute(self, ready: StepPlan, hidden: torch.Tensor | None, keep_logits: bool) -> StepOutput:
+            self.settle()
+            read.append("tokens")
+            return self.out
+
+    def wait(device: torch.device, timeout_s: float, check: Callable[[], object] = lambda: None) -> None:
+        if timeout_s == 1.0:
+            raise DeviceLate("the device has not finished within 1 s")
+
+    monkeypatch.setattr(step_module, "wait_for_device", wait)
+    group = Broken(None)
+    stepper = Stepper(Reader(0), Broken(None), Sent(), 1.0, None, group)  # type: ignore[arg-type]
+    with pytest.raises(LinkClosed, match="step 7: the device has not finished"):
+        stepper.step(plan(7, part(1, 5)))
+    assert not read
+    assert len(group.calls) == 1
+    assert not stepper.is_computing

@@ -65,7 +65,7 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
     return rows.to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, lengths, scales, partial, sums, rotation_stride, row_stride,
     head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
@@ -129,7 +129,7 @@ def attend_splits_kernel(
         tl.store(partial + flat[:, None] * DIM + d[None, :], out / total[:, None], mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
     partial, sums, out, splits, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     MERGED: tl.constexpr,

@@ -59,7 +59,7 @@ def _rotate(low, high, cos, sin, row, stride, d, mask, DIM: tl.constexpr):
     return low * c - high * s, high * c + low * s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def store_heads_kernel(
     qkv, norms, cos, sin, cos_succ, sin_succ, cos_inter, sin_inter, q_out, keys, values, key_scales, value_scales,
     slots, tokens, row_stride, copy_stride, intra_stride, succ_stride, inter_stride, key_stride, value_stride,

@@ -19,7 +19,7 @@ _COMPARED = 1 << 14  # entries times experts of such a program, at most; it has 
 _SCANNED = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits, chosen, weights, tokens, experts, row_stride, TOP_K: tl.constexpr, PADDED_K: tl.constexpr,
     NORMALISE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def _local_experts(chosen, first, experts, program, entries, COUNT: tl.constexpr
     return entry, tl.where((expert >= 0) & (expert < experts) & (entry < entries), expert, experts).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "blocks"])
 def count_kernel(chosen, counts, entries, first, experts, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: how many of `COUNT` entries each expert has, into its column of `[Er, blocks]`."""
     block = tl.program_id(0)
@@ -95,7 +95,7 @@ def count_kernel(chosen, counts, entries, first, experts, blocks, COUNT: tl.cons
     tl.store(counts + e * blocks + block, count, mask=e < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(counts, totals, blocks, SCANNED: tl.constexpr):
     """One program: replace the counts of one expert by their sums over the blocks before, and write their total."""
     expert = tl.program_id(0)
@@ -108,7 +108,7 @@ def scan_kernel(counts, totals, blocks, SCANNED: tl.constexpr):
     tl.store(totals + expert, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "blocks"])
 def place_kernel(
     chosen, counts, totals, order, places, entries, first, experts, blocks, SINGLE: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,

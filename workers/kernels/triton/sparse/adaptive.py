@@ -48,7 +48,7 @@ def _add_candidates(
     return number, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "is_last"])
 def propose_kernel(
     thresholds: tl.tensor, quotas: tl.tensor, lengths: tl.tensor, sums: tl.tensor, done: tl.tensor, columns: tl.tensor,
     groups: tl.tensor, base: tl.tensor, kept: tl.tensor, goal: tl.tensor, cells: tl.tensor, step: tl.tensor,
@@ -117,7 +117,7 @@ def propose_kernel(
     tl.store(sums + row, above_mass + quota * each)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def groups_kernel(
     words: tl.tensor, totals: tl.tensor, masses: tl.tensor, groups: tl.tensor, thresholds: tl.tensor, quotas: tl.tensor,
     done: tl.tensor, cells: tl.tensor, num_groups: tl.tensor, HEADS: tl.constexpr, FORCED: tl.constexpr,

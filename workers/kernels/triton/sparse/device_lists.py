@@ -56,13 +56,13 @@ def _place(bit: tl.tensor) -> tl.tensor:
     return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words", "map_words", "room", "run_room", "column_room", "steps"])
 def lists_kernel(
     bitmap: tl.tensor, blocks: tl.tensor, counts: tl.tensor, num_blocks: tl.tensor, num_columns: tl.tensor,
     nears: tl.tensor, fars: tl.tensor, ends: tl.tensor,
     words: tl.tensor, totals: tl.tensor, column_totals: tl.tensor, dense: tl.tensor, cells: tl.tensor,
     num_words: tl.tensor, map_words: tl.tensor, room: tl.tensor, run_room: tl.tensor, column_room: tl.tensor,
-    HEADS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    steps: tl.tensor, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Make the bitmap, blocks and counts of one head of a cell, program `(cell, head)`.
 
@@ -72,7 +72,7 @@ def lists_kernel(
         words, totals: kept distances and their number; a head that keeps all of them has no columns.
         column_totals: `[C * H]`, columns it keeps; `column_room` of them are listed.
         dense: `[C * H]` int32, heads that visit everything.
-        STEPS: the binary logarithm of `U`, rounded up.
+        steps: the binary logarithm of `U`, rounded up.
     """
     row = tl.program_id(0)
     wide = row.to(tl.int64)
@@ -109,7 +109,7 @@ def lists_kernel(
         at = first + tl.arange(0, BLOCK)
         wanted = total - 1 - at  # far blocks come first
         low, high = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + begun - 1
-        for _ in range(STEPS):  # the first run that ends after the block
+        for _ in range(steps):  # the first run that ends after the block
             middle = (low + high) // 2
             is_later = tl.load(ends + own_runs + middle) <= wanted
             low, high = tl.where(is_later, tl.minimum(middle + 1, high), low), tl.where(is_later, high, middle)
@@ -144,8 +144,8 @@ def make_lists(
     num_blocks, num_columns = zeros(), zeros()
     lists_kernel[(num_cells * heads,)](
         bitmap, blocks, counts, num_blocks, num_columns, nears, fars, ends, offsets.words, offsets.totals,
-        columns.totals, dense, tables.cells, num_words, map_words, room, run_room, column_room, HEADS=heads, TILE=tile,
-        STEPS=run_room.bit_length(), BLOCK=block, num_warps=8,
+        columns.totals, dense, tables.cells, num_words, map_words, room, run_room, column_room,
+        run_room.bit_length(), HEADS=heads, TILE=tile, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return [
         CellLists(

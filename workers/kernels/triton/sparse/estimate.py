@@ -36,7 +36,7 @@ def load_queries(
     return tl.load(queries + at[:, None].to(tl.int64) * DIM + dim[None, :], mask=own[:, None], other=0.0).to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells"])
 def lse_kernel(
     partial: tl.tensor, queries: tl.tensor, scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor,
     num_cells: tl.tensor, key_head: tl.tensor,
@@ -120,7 +120,7 @@ def _add_diagonals(
         tl.store(offsets + one * width + distance, mass, mask=is_kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items", "num_cells"])
 def sums_kernel(
     columns: tl.tensor, offsets: tl.tensor, scratch: tl.tensor, lse: tl.tensor, queries: tl.tensor, scales:
     tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor, num_items: tl.tensor, num_cells: tl.tensor,

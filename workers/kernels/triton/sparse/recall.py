@@ -37,7 +37,7 @@ def _window(words: tl.tensor, first: tl.tensor, num_words: tl.tensor, mask: tl.t
     return (one >> shift) | ((two << 1) << (31 - shift)), (two >> shift) | ((three << 1) << (31 - shift))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells", "num_items", "num_words"])
 def held_out_kernel(
     partial: tl.tensor, positions: tl.tensor, offset_words: tl.tensor, column_words: tl.tensor, queries: tl.tensor,
     scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, chunks: tl.tensor, num_cells: tl.tensor, num_items: tl.tensor,
@@ -92,7 +92,7 @@ def held_out_kernel(
     tl.store(out + 2 * num_items * HEADS * ROWS, kept, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def share_kernel(
     shares: tl.tensor, partial: tl.tensor, positions: tl.tensor, cells: tl.tensor, num_items: tl.tensor,
     HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -116,7 +116,7 @@ def share_kernel(
     tl.store(shares + cell * HEADS + head, tl.sum(share) / tl.sum(is_row.to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells", "num_words", "room"])
 def overlap_kernel(
     partial: tl.tensor, offset_words: tl.tensor, columns: tl.tensor, totals: tl.tensor, lse: tl.tensor,
     queries: tl.tensor, scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, done: tl.tensor, num_cells: tl.tensor,

@@ -80,7 +80,7 @@ def pack_bits(kept: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     return tl.sum(bits, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def compact_kernel(
     words: tl.tensor, indices: tl.tensor, totals: tl.tensor, masses: tl.tensor, scores: tl.tensor,
     thresholds: tl.tensor, quotas: tl.tensor, done: tl.tensor, cells: tl.tensor, width: tl.tensor, room: tl.tensor,

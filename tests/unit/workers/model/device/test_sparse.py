@@ -20,6 +20,7 @@ from workers.model import sparse_prefill
 from workers.model.device import sparse
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
+from workers.sparse import cuda as sparse_cuda
 from workers.sparse import vertical_slash
 from workers.sparse.estimate import Estimate
 from workers.transport.collectives import Collectives
@@ -62,6 +63,28 @@ def attend_as_the_kernels(q: Any, kv: Any, table: Any, plan: Any, scales: Any, v
     return attend(q, kv, table, cuda.executed_plan(plan, TILE), scales, visited)
 
 
+def watch_scales(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note for every cell whether attention takes scales that were moved to the device before the layers.
+
+    A copy of pageable memory waits for the device, in every layer and cell.
+    """
+    moved: list[torch.Tensor] = []
+    seen: list[bool] = []
+    attend_lists = cuda.attend_lists
+
+    def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(host.clone())
+        return moved[-1]
+
+    def watch(q: Any, staged: Any, plan: Any, scales: torch.Tensor, lists: Any) -> Any:
+        seen.append(any(scales is one for one in moved))
+        return attend_lists(q, staged, plan, scales, lists)
+
+    monkeypatch.setattr(sparse_cuda, "_moved", move)
+    monkeypatch.setattr(cuda, "attend_lists", watch)
+    return seen
+
+
 @pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, dual_chunk=CHUNKS)], ids=["plain", "chunks"])
 def test_sparse_prefill(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_attention, "supports", lambda q, kv: False)
@@ -72,7 +95,9 @@ def test_sparse_prefill(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sparse, "TILE", TILE)
     monkeypatch.setattr(calls, "supports", lambda device: True)
     monkeypatch.setattr(cuda, "supports_lists", lambda *types: True)
+    seen = watch_scales(monkeypatch)
     got, found = run(spec)
+    assert seen == [True] * len(found)
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
     def order(report: CellReport) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from tests.support.triton_compile import SHARED_LIMIT, Compiled, compile_kernel
 from workers.kernels.triton.sparse import adaptive, device_lists, estimate, recall, selection
 from workers.kernels.triton.sparse.cells import TileShape
+from workers.sparse.cuda import MAX_LAST_Q, tile_shape
 
 CAPABILITIES = (
     pytest.param(80, marks=pytest.mark.slow, id="sm_80"),
@@ -53,6 +54,29 @@ def test_log_sum_exps(capability: int) -> None:
     check_products(built, capability)
     assert built.count("LDGSTS") > 0  # keys are copied ahead
     assert built.count("SHFL") <= 36
+
+
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow, id="sm_80"), 90])
+def test_the_most_sampled_rows(capability: int) -> None:
+    """They fit shared memory; whether registers spill is left open."""
+    shape = tile_shape(MAX_LAST_Q)
+    constants = {**SIZES, "ROWS": MAX_LAST_Q, "BLOCK": shape.block}
+    skipped = {"SKIP_COLUMNS": 0, "SKIP_OFFSETS": 0}
+    kernels: list[tuple[Any, dict[str, Any], int]] = [
+        (estimate.lse_kernel, {"SHARED": shape.shared}, shape.warps),
+        (estimate.sums_kernel, {"SHARED": shape.shared_sums, **skipped}, shape.warps),
+        (recall.overlap_kernel, skipped, 4),
+    ]
+    types = {
+        **SAMPLED, "chunks": INTEGERS, "offsets": FLOATS, "scratch": "*fp16", "lse": FLOATS,
+        "partial": FLOATS, "offset_words": INTEGERS, "totals": INTEGERS, "done": INTEGERS,
+    }  # fmt: skip
+    for kernel, more, warps in kernels:
+        sizes, names = constants | more, kernel.arg_names
+        types["columns"] = INTEGERS if kernel is recall.overlap_kernel else FLOATS
+        own = {name: types.get(name, "i32") for name in names if name not in sizes}
+        built = compile_kernel(kernel, capability, own, sizes, num_warps=warps, multiples=tuple(MULTIPLES & set(own)))
+        assert built.shared <= SHARED_LIMIT[capability]
 
 
 @pytest.mark.parametrize("forced", [(0, 0), (30, 128)])
@@ -101,7 +125,7 @@ def test_thresholds_and_lists(capability: int) -> None:
         "bitmap", "blocks", "counts", "num_blocks", "num_columns", "nears", "fars", "ends", "words", "totals",
         "column_totals", "dense", "cells",
     )  # fmt: skip
-    constants = {"HEADS": 32, "TILE": 128, "STEPS": 14, "BLOCK": 1024}
+    constants = {"HEADS": 32, "TILE": 128, "BLOCK": 1024}
     build(device_lists.lists_kernel, capability, dict.fromkeys(names, INTEGERS), constants)
 
 
