@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -318,7 +318,8 @@ def max_last_q(device: torch.device | str) -> int:
     """Return how many rows of a cell the kernels sample at most; fewer where a multiprocessor has less memory."""
     if torch.device(device).type != "cuda":
         return MAX_LAST_Q
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the next name
+    room: int = properties.shared_memory_per_block_optin
     return MAX_LAST_Q if room >= _MAX_LAST_Q_BYTES else TileShape().block
 
 
