@@ -17,14 +17,13 @@ from workers.bench.model import benchmark_spec
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
 from workers.model import sparse_prefill
-from workers.model.device import sparse
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
 from workers.sparse import vertical_slash
 from workers.sparse.estimate import Estimate
 from workers.transport.collectives import Collectives
 
-PAGE, CPU, PAGES, LENGTH, TILE = 16, torch.device("cpu"), 64, 449, 64
+PAGE, CPU, PAGES, LENGTH = 16, torch.device("cpu"), 64, 449
 SPARSE = SparseSpec(threshold=32, last_q=17, cell=128, uniform=HeadBudget(35, 103))
 PLAIN = replace(
     benchmark_spec(layers=1), vocab_size=97, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -59,7 +58,7 @@ def run(spec: ModelSpec) -> tuple[torch.Tensor, list[CellReport]]:
 
 
 def attend_as_the_kernels(q: Any, kv: Any, table: Any, plan: Any, scales: Any, visited: Any = None) -> torch.Tensor:
-    return attend(q, kv, table, cuda.executed_plan(plan, TILE), scales, visited)
+    return attend(q, kv, table, cuda.executed_plan(plan), scales, visited)
 
 
 @pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, dual_chunk=CHUNKS)], ids=["plain", "chunks"])
@@ -69,7 +68,6 @@ def test_sparse_prefill(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as twin:
         twin.setattr(sparse_prefill, "attend", attend_as_the_kernels)
         wanted, reports = run(spec)
-    monkeypatch.setattr(sparse, "TILE", TILE)
     monkeypatch.setattr(calls, "supports", lambda device: True)
     monkeypatch.setattr(cuda, "supports_lists", lambda *types: True)
     got, found = run(spec)
