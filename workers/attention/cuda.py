@@ -24,7 +24,7 @@ import torch
 from workers.attention import flash, torch_backend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 from workers.kernels.device import moved
-from workers.kernels.triton.lists import TILES, CellLists, Rows, cell_lists, choose_tiles
+from workers.kernels.triton.lists import TILES, CellLists, Rows, cell_lists, choose_tiles, most_blocks
 from workers.kv.paged import LayerKV, PageTable
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _DIMS = (64, 128)
 _CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 _AMPERE = (8, 0)  # compute capability
 _COLUMN_BYTES = 1 << 30  # for the gathered columns of the heads that run together, and for their entries
-_ENTRY_BYTES = 256 << 20
+_ENTRY_BYTES = 512 << 20
 _TILE_RATES = dict(zip(TILES, (10, 7), strict=True))  # pairs in the same time by rows of a tile; assumed, not measured
 
 
@@ -174,10 +174,11 @@ def attend_lists(
     for one in lists:
         capacity = one.columns.shape[1]
         columns_fit = _COLUMN_BYTES // column_bytes(capacity, q.intra.shape[2])
-        together = max(1, min(heads, columns_fit, _ENTRY_BYTES // entry_bytes(one, rows)))
+        most = most_blocks(rows, one.tile)
+        together = max(1, min(heads, columns_fit, _ENTRY_BYTES // entry_bytes(one, rows, most)))
         columns = Columns.empty(together, capacity, staged.keys)
         for some in order.split(together):
-            entries = fill_entries(one, rows, staged, some, head_tiles, visited, group)
+            entries = fill_entries(one, rows, staged, some, head_tiles, visited, group, most)
             gather_columns(columns, one, staged, some, head_tiles, group)
             sparse_attention(sides, rows, staged, columns, scales.each, some, head_tiles, entries, one.tile, out)
     return out, visited

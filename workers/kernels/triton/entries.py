@@ -36,19 +36,23 @@ class Entries:
     ends: torch.Tensor
 
 
-def entry_room(lists: CellLists) -> int:
-    """Return `E`: each border between regions cuts one block and one block of columns in two."""
-    return lists.blocks.shape[1] + column_room(lists.columns.shape[1]) // BLOCK + 4
+def entry_room(lists: CellLists, num_blocks: int | None = None) -> int:
+    """Return `E` for heads of at most `num_blocks`; by default of as many as `lists` have room for.
+
+    Each border between regions cuts one block and one block of columns in two.
+    """
+    room = lists.blocks.shape[1]
+    return min(room, num_blocks or room) + column_room(lists.columns.shape[1]) // BLOCK + 4
 
 
-def entry_bytes(lists: CellLists, rows: Rows) -> int:
+def entry_bytes(lists: CellLists, rows: Rows, num_blocks: int | None = None) -> int:
     """Return the memory of one head's entries."""
-    return rows.tiles(lists.tile) * (12 * entry_room(lists) + 28)
+    return rows.tiles(lists.tile) * (12 * entry_room(lists, num_blocks) + 28)
 
 
 def fill_entries(
     lists: CellLists, rows: Rows, staged: Staged, order: torch.Tensor, head_tiles: torch.Tensor,
-    visited: torch.Tensor, group: int,
+    visited: torch.Tensor, group: int, num_blocks: int | None = None,
 ) -> Entries:  # fmt: skip
     """Make the entries of the heads `order` `[n]`, those of `order[i]` at `i`.
 
@@ -56,8 +60,9 @@ def fill_entries(
         head_tiles: `[H]` of `lists.Choice`; nothing is written for heads with other tiles than `lists` has.
         visited: `[H]` int64; the number of query-key pairs that each of these heads visits is added.
         group: query heads a KV head.
+        num_blocks: the most blocks of a head; by default as many as `lists` have room for.
     """
-    tiles, room = rows.tiles(lists.tile), entry_room(lists)
+    tiles, room = rows.tiles(lists.tile), entry_room(lists, num_blocks)
     made = Entries(
         torch.empty(len(order), tiles, 3, room, dtype=torch.int32, device=order.device),
         torch.empty(len(order), tiles, 7, dtype=torch.int32, device=order.device),

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.kernels.device import moved
+
 BLOCK = 64  # keys of a block: the bits of a mask
 TILES = (128, 64)  # rows of a tile that the kernels are built for
 DENSE_SHARE = 3, 5  # more than so many of a head's causal keys in its blocks: the head visits all keys
@@ -92,10 +94,10 @@ def cell_lists(
     return CellLists(
         _padded([blocks for blocks, _ in heads], device),
         _padded([counts for _, counts in heads], device),
-        torch.tensor([len(blocks) for blocks, _ in heads], dtype=torch.int32, device=device),
-        torch.from_numpy(packed.astype(np.int32)).to(device),
+        moved(torch.tensor([len(blocks) for blocks, _ in heads], dtype=torch.int32), device),
+        moved(torch.from_numpy(packed.astype(np.int32)), device),
         _padded(columns, device),
-        torch.tensor([len(one) for one in columns], dtype=torch.int32, device=device),
+        moved(torch.tensor([len(one) for one in columns], dtype=torch.int32), device),
         tile,
     )
 
@@ -117,7 +119,7 @@ def choose_tiles(lists: Sequence[CellLists], rows: Rows, rates: Sequence[int]) -
 
     Of two sizes a head takes that with less `pairs / rate`, and the first one where they are equal. Pairs are those of
     its blocks and columns, all tiles taken as whole ones, and columns that lie in blocks not left out. A head whose
-    blocks at this size have over 60 % of the causal keys visits all keys.
+    blocks at this size have over 60 % of the causal keys, or are more than `most_blocks`, visits all keys.
 
     Args:
         lists: of one or two sizes of tiles.
@@ -133,11 +135,21 @@ def choose_tiles(lists: Sequence[CellLists], rows: Rows, rates: Sequence[int]) -
         work.append((blocks[-1] + tiles * one.num_columns.long()) * (one.tile * factor))
     is_second = work[1] < work[0]
     share, whole = DENSE_SHARE
-    is_dense = torch.where(is_second, blocks[1] * whole > causal[1] * share, blocks[0] * whole > causal[0] * share)
+    are_many = [
+        (keys * whole > pairs * share) | (one.num_blocks > most_blocks(rows, one.tile))
+        for keys, pairs, one in zip(blocks, causal, (first, second), strict=True)
+    ]
+    is_dense = torch.where(is_second, are_many[1], are_many[0])
     head_tiles = torch.where(is_second, second.tile, first.tile).masked_fill(is_dense, 0).int()
     work_left = torch.minimum(*work).masked_fill(is_dense, -1)
     order = torch.argsort(work_left, descending=True, stable=True).int()
     return Choice(head_tiles, order, torch.where(is_dense, rows.causal_pairs, 0))
+
+
+def most_blocks(rows: Rows, tile: int) -> int:
+    """Return the most blocks of a head that does not visit all keys: 60 % of those that the whole context has."""
+    share, whole = DENSE_SHARE
+    return share * (rows.start + rows.length + tile) // (whole * BLOCK) + 1
 
 
 def block_keys(lists: CellLists, rows: Rows) -> torch.Tensor:
@@ -174,4 +186,4 @@ def _padded(rows: Sequence[Sequence[int] | IntArray], device: torch.device | str
     out = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
-    return torch.from_numpy(out).to(device)
+    return moved(torch.from_numpy(out), device)
