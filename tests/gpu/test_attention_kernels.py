@@ -9,6 +9,7 @@ import torch
 
 from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.attention import cuda, flash
+from workers.attention.cuda import RowScales
 from workers.attention.plan import AttentionPlan
 from workers.kv.paged import LayerKV
 
@@ -27,7 +28,16 @@ def on_gpu(cell: PagedCell) -> PagedCell:
 def make(start: int, rows: int, distance: int, cache: torch.dtype, dim: int, heads: int, sparse: bool) -> PagedCell:
     chosen = tuple(selections(start + rows, rows).values())[:heads] if sparse else None
     made = paged_cell(
-        start, rows, distance, cache=cache, dim=dim, heads=heads, kv_heads=2, page_size=64, selections=chosen
+        start,
+        rows,
+        distance,
+        cache=cache,
+        dim=dim,
+        heads=heads,
+        kv_heads=2,
+        page_size=64,
+        selections=chosen,
+        in_order=cache == torch.bfloat16,
     )
     return replace(made, q=made.q.map(lambda side: side.bfloat16().float()), scales=made.scales * 4 / dim**0.5)
 
@@ -46,7 +56,7 @@ def test_staged_rows(start: int, rows: int, distance: int, cache: torch.dtype, d
     cell = make(start, rows, distance, cache, dim, 4, False)
     there = on_gpu(cell)
     staged = cuda.stage(there.kv, there.table, start + rows)
-    for got, wanted in zip(staged.by_head(0, start + rows), (cell.k, cell.v), strict=True):
+    for got, wanted in zip(staged.by_head(), (cell.k, cell.v), strict=True):
         assert torch.equal(got.cpu(), wanted.transpose(0, 1).bfloat16())
 
 
@@ -59,20 +69,21 @@ def test_dense(start: int, rows: int, distance: int, dim: int, library: bool) ->
         cell = replace(cell, scales=torch.full((rows,), dim**-0.5))
     there = on_gpu(cell)
     staged = cuda.stage(there.kv, there.table, start + rows)
-    check(cuda.attend_dense(there.q, staged, cell.plan, cell.scales, library=library), cell.reference())
+    scales = RowScales.of(cell.scales, torch.device("cuda"))
+    check(cuda.attend_dense(there.q, staged, cell.plan, scales, library=library), cell.reference())
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("tiles", [(64,), (128,), (128, 64)])
 @pytest.mark.parametrize(("start", "rows", "distance"), CELLS + LONG)
-def test_selections(start: int, rows: int, distance: int, tile: int, dim: int) -> None:
-    cell = make(start, rows, distance, torch.int8, dim, 6, True)
+def test_selections(start: int, rows: int, distance: int, tiles: tuple[int, ...], dim: int) -> None:
+    """Staged with one size of tiles, in place where heads choose theirs."""
+    cell = make(start, rows, distance, torch.int8 if len(tiles) == 1 else torch.bfloat16, dim, 6, True)
     there, device = on_gpu(cell), torch.device("cuda")
-    lists = cuda.plan_lists(cell.plan, tile, device)
-    room = cuda.column_rows(lists.columns.shape[1], 6, dim)
-    staged = cuda.stage(there.kv, there.table, start + rows, room)
-    got, visited = cuda.attend_lists(there.q, staged, cell.plan, cell.scales, lists)
-    twin = cuda.executed_plan(cell.plan, tile)
+    lists = [cuda.plan_lists(cell.plan, tile, device) for tile in tiles]
+    staged = cuda.stage(there.kv, there.table, start + rows)
+    got, visited = cuda.attend_lists(there.q, staged, cell.plan, RowScales.of(cell.scales, device), lists)
+    twin = cuda.executed_plan(cell.plan, tiles)
     assert visited.tolist() == [twin.visited_pairs(head) for head in range(6)]
     check(got, cell.reference(twin))
 

@@ -47,7 +47,7 @@ def device_cells(
         row, first_key = row + cell.plan.length, first_key + own.shape[1]
     tiles = TileShape(block=block, chunk=2 * block, shared=shared, shared_sums=shared)
     budgets = HeadBudgets(spec, range(LAYER, LAYER + 1), range(heads), "cpu")
-    step = StepSelection(spec, placed, budgets, kv_heads, "cpu", tile, tiles)
+    step = StepSelection(spec, placed, budgets, kv_heads, "cpu", (tile,), tiles)
     estimate = _packed(step.estimate, [cell.queries.estimate for cell in cells], at_end=True)
     held_out = _packed(step.held_out, [cell.queries.held_out for cell in cells])
     return DeviceCells(cells, torch.cat(keys, dim=1), step, estimate, held_out, tiles)

@@ -1,8 +1,10 @@
 """Attention on CUDA devices: keys and values are staged as contiguous rows, then kernels of Triton execute the plan.
 
-Dense plans run through a library's fused kernel over the staged rows where one works, else through a kernel of our own,
-which also takes rows of different logit factors. Plans with selections run through lists that all tiles of the rows
-share (workers/kernels/triton/lists). `executed_plan` is the slow twin of those: the same pairs as an ordinary plan.
+A cache in bfloat16 whose context lies in one run of slots is read where it is. Dense plans run through a library's
+fused kernel over the staged rows where one works, else through a kernel of our own, which also takes rows of different
+logit factors. Plans with selections run through lists that all tiles of the rows share (workers/kernels/triton/lists),
+with tiles that each head chooses on the device. `executed_plan` is the slow twin of those: the same pairs as an
+ordinary plan.
 
 Triton is imported when one of these kernels is called for the first time.
 
@@ -13,14 +15,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from workers.attention import flash, torch_backend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
-from workers.kernels.triton.lists import BLOCK, TILES, CellLists, Rows, cell_lists, dense_heads
+from workers.kernels.device import moved
+from workers.kernels.triton.lists import TILES, CellLists, Rows, cell_lists, choose_tiles, most_blocks
 from workers.kv.paged import LayerKV, PageTable
 
 if TYPE_CHECKING:
@@ -31,7 +35,22 @@ _DIMS = (64, 128)
 _CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 _AMPERE = (8, 0)  # compute capability
 _COLUMN_BYTES = 1 << 30  # for the gathered columns of the heads that run together, and for their entries
-_ENTRY_BYTES = 256 << 20
+_ENTRY_BYTES = 512 << 20
+_TILE_RATES = dict(zip(TILES, (10, 7), strict=True))  # pairs in the same time by rows of a tile; assumed, not measured
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowScales:
+    """The factors on the logits of rows: `each` `[T]` float32 on the device, and `common` where all have the same."""
+
+    each: torch.Tensor
+    common: float | None
+
+    @staticmethod
+    def of(scales: torch.Tensor, device: torch.device) -> RowScales:
+        """Copy factors `[T]` float32 in host memory to the device, without waiting for it."""
+        first = float(scales[0])
+        return RowScales(moved(scales, device), first if bool((scales == first).all()) else None)
 
 
 def supports(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> bool:
@@ -48,10 +67,19 @@ def supports_lists(device: torch.device, dtype: torch.dtype, dim: int, cache: to
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Return the `flash.compute_family` of a device, with `-triton` where these kernels compute for this type and dim.
 
-    Results of other kernels on the same device differ in their last bits.
+    Results of other kernels on the same device differ in their last bits, and those of sparse prefill in the pairs that
+    are visited: they depend on the tiles, and so on their rates, which are named too.
     """
     family = flash.compute_family(device, dtype, dim)
-    return f"{family}-triton" if _takes(device, dtype, dim) else family
+    if not _takes(device, dtype, dim):
+        return family
+    rates = tile_rates(device)
+    return "-".join([family, "triton", *(str(rates[tile]) for tile in TILES)])
+
+
+def tile_rates(device: torch.device) -> dict[int, int]:
+    """Return how many pairs a device computes in the same time with tiles of so many rows, for all of `TILES`."""
+    return _TILE_RATES
 
 
 def attend(
@@ -62,105 +90,98 @@ def attend(
 
     `visited` may be in device memory; else the call waits for the device.
     """
-    heads = q.intra.shape[1]
+    device = q.intra.device
+    staged, row_scales = stage(kv, table, plan.start + plan.length), RowScales.of(scales, device)
     if plan.heads is None:
         if visited is not None:
             visited.fill_(plan.causal_pairs)
-        return attend_dense(q, stage(kv, table, plan.start + plan.length), plan, scales)
-    lists = plan_lists(plan, device=q.intra.device)
-    staged = stage(kv, table, plan.start + plan.length, column_rows(lists.columns.shape[1], heads, q.intra.shape[2]))
-    out, pairs = attend_lists(q, staged, plan, scales, lists)
+        return attend_dense(q, staged, plan, row_scales)
+    lists = [plan_lists(plan, tile, device) for tile in TILES]
+    out, pairs = attend_lists(q, staged, plan, row_scales, lists)
     if visited is not None:
         visited.copy_(pairs)
     return out
 
 
-def stage(kv: LayerKV, table: PageTable, stop: int, column_rows: int = 0) -> Staged:
-    """Stage the keys and values of positions before `stop` of one layer, with room for gathered columns.
+def stage(kv: LayerKV, table: PageTable, stop: int) -> Staged:
+    """Return the keys and values of positions before `stop` of one layer as contiguous rows: in place, or staged.
 
-    The rows serve all pieces of a step that lie before `stop`.
+    The rows serve all pieces of a step that lie before `stop`, of all sequences whose pages they are.
     """
     from workers.kernels.triton import staging
     from workers.kernels.triton.blocks import Target
 
+    dtype, runs = Target.of(kv.keys.device).rows_dtype, table.runs(0, stop)
+    if kv.keys.dtype == dtype and kv.key_scales is None and len(runs) == 1 and stop >= staging.MOST_KEYS:
+        return staging.in_place(kv.keys, kv.values, runs[0].first, stop)
     return staging.stage(
         kv.keys, kv.values, kv.key_scales, kv.value_scales, table.slots_on(kv.keys.device), table.page_size, stop,
-        column_rows=column_rows, dtype=Target.of(kv.keys.device).rows_dtype,
+        dtype=dtype,
     )  # fmt: skip
 
 
-def column_rows(capacity: int, heads: int, dim: int) -> int:
-    """Return the rows to reserve for columns of at most `capacity` a head: those of all heads, or of as many as fit."""
-    room = -(-capacity // BLOCK) * BLOCK
-    return room * min(heads, max(1, _COLUMN_BYTES // (4 * dim * room)))
-
-
 def attend_dense(
-    q: Queries, staged: Staged, plan: AttentionPlan, scales: torch.Tensor, *, library: bool | None = None
+    q: Queries, staged: Staged, plan: AttentionPlan, scales: RowScales, *, library: bool | None = None
 ) -> torch.Tensor:
     """Compute attention of rows over all keys up to their own; returns `[T, H, D]`.
 
     Args:
-        scales: `[T]` float32 in host memory.
         library: whether a library's kernel is used; by default where one works and all rows share a factor.
     """
     device, dim = q.intra.device, q.intra.shape[2]
     if library is None:
-        library = bool((scales == scales[0]).all()) and flash.has_fast_kernel(device, q.intra.dtype, dim)
+        library = scales.common is not None and flash.has_fast_kernel(device, q.intra.dtype, dim)
     if library:
+        assert scales.common is not None
         table = PageTable(staged.stop)
         table.append([0])
-        whole = LayerKV(*staged.by_head(0, staged.stop))
-        return torch_backend.attend(q, whole, table, plan, scales)
+        return torch_backend.attend_dense(q, LayerKV(*staged.by_head()), table, plan, scales.common)
     from workers.kernels.triton.blocks import QuerySides
     from workers.kernels.triton.dense_attention import dense_attention
 
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device)
-    dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, scales.to(device), out)
+    dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, scales.each, out)
     return out
 
 
 def attend_lists(
-    q: Queries, staged: Staged, plan: AttentionPlan, scales: torch.Tensor, lists: CellLists
+    q: Queries, staged: Staged, plan: AttentionPlan, scales: RowScales, lists: Sequence[CellLists]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention of the rows of one cell over what its lists visit. Nothing returns to the host.
 
-    Heads run together as far as their columns and entries fit into scratch memory, those with most entries first.
+    Heads run together as far as their columns and entries fit into scratch memory, those with most work first.
 
     Args:
-        staged: the context, with room for the columns of at least one head.
         plan: the rows; its own selections are not read.
-        scales: `[T]` float32, in host or device memory.
+        lists: of one or two sizes of tiles, of which each head takes one.
 
     Returns:
         `[T, H, D]` in the type of `q`, and the number of pairs that every head visits, `[H]` int64 on the device.
-
-    Raises:
-        ValueError: no room for the columns of one head.
     """
     from workers.kernels.triton.blocks import QuerySides
     from workers.kernels.triton.dense_attention import dense_attention
     from workers.kernels.triton.entries import entry_bytes, fill_entries
     from workers.kernels.triton.sparse_attention import sparse_attention
-    from workers.kernels.triton.staging import column_room, gather_columns
+    from workers.kernels.triton.staging import Columns, column_bytes, gather_columns
+    from workers.kernels.triton.tiles import choose_tiles as choose_on_device
 
     rows, heads, device = plan_rows(plan), q.intra.shape[1], q.intra.device
-    group, room = heads // staged.kv_heads, column_room(lists.columns.shape[1])
-    if staged.column_rows < room:
-        raise ValueError(f"sparse attention: staged with {staged.column_rows} rows for columns: need at least {room}")
-    together = max(1, min(heads, staged.column_rows // room, _ENTRY_BYTES // entry_bytes(lists, rows)))
-    sides, scales = QuerySides(q.intra, q.succ, q.inter), scales.to(device)
-    dense = dense_heads(lists, rows)
-    weight = lists.num_blocks + (lists.num_columns + BLOCK - 1) // BLOCK
-    order = torch.argsort(torch.where(dense, -1, weight), descending=True, stable=True).int()
+    group, rates = heads // staged.kv_heads, tile_rates(device)
+    sides = QuerySides(q.intra, q.succ, q.inter)
+    head_tiles, order, visited = choose_on_device(lists, rows, [rates[one.tile] for one in lists])
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device)
-    visited = torch.empty(heads, rows.tiles(lists.tile), dtype=torch.int64, device=device)
-    dense_attention(sides, rows, staged, scales, out, dense)
-    for some in order.split(together):
-        entries = fill_entries(lists, rows, staged, some, dense, visited, group)
-        gather_columns(staged, lists.columns, lists.num_columns, some, group)
-        sparse_attention(sides, rows, staged, scales, some, dense, entries, lists.tile, out)
-    return out, visited.sum(dim=1)
+    dense_attention(sides, rows, staged, scales.each, out, head_tiles)
+    for one in lists:
+        capacity = one.columns.shape[1]
+        columns_fit = _COLUMN_BYTES // column_bytes(capacity, q.intra.shape[2])
+        most = most_blocks(rows, one.tile)
+        together = max(1, min(heads, columns_fit, _ENTRY_BYTES // entry_bytes(one, rows, most)))
+        columns = Columns.empty(together, capacity, staged.keys)
+        for some in order.split(together):
+            entries = fill_entries(one, rows, staged, some, head_tiles, visited, group, most)
+            gather_columns(columns, one, staged, some, head_tiles, group)
+            sparse_attention(sides, rows, staged, columns, scales.each, some, head_tiles, entries, one.tile, out)
+    return out, visited
 
 
 def plan_rows(plan: AttentionPlan) -> Rows:
@@ -177,14 +198,20 @@ def plan_lists(plan: AttentionPlan, tile: int = TILES[0], device: torch.device |
     return cell_lists(offsets, columns, plan.start + plan.length, tile, device)
 
 
-def executed_plan(plan: AttentionPlan, tile: int = TILES[0]) -> AttentionPlan:
-    """Return a plan of the pairs that these kernels visit: whole tiles, and heads with most keys in blocks dense."""
+def executed_plan(plan: AttentionPlan, tiles: Sequence[int] = TILES) -> AttentionPlan:
+    """Return a plan of the pairs that these kernels visit on the device of no card in particular.
+
+    Tiles are whole ones, of one of the given sizes for each head, and heads with most keys in blocks are dense.
+    """
     if plan.heads is None:
         return plan
-    dense = dense_heads(plan_lists(plan, tile), plan_rows(plan)).tolist()
+    lists, rates = [plan_lists(plan, tile) for tile in tiles], tile_rates(torch.device("cpu"))
+    head_tiles = choose_tiles(lists, plan_rows(plan), [rates[tile] for tile in tiles]).head_tiles.tolist()
     everything = Selection.everything(plan.start + plan.length)
-    heads = (everything if is_dense else head for head, is_dense in zip(plan.heads, dense, strict=True))
-    return replace(plan, heads=tuple(heads), tile=tile, whole_tiles=True)
+    heads = (head if tile else everything for head, tile in zip(plan.heads, head_tiles, strict=True))
+    return replace(
+        plan, heads=tuple(heads), whole_tiles=True, head_tiles=tuple(tile or plan.tile for tile in head_tiles)
+    )
 
 
 def _takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:

@@ -91,8 +91,9 @@ class AttentionPlan:
     """Rows at positions `start .. start + length - 1`, all in one DCA chunk.
 
     `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection per query head; with None
-    every head visits all keys up to the row's own position. `tile` rows share a list of keys. With `whole_tiles` the
-    last tile, which may have fewer rows, takes the list that a whole one would have, without keys after its last row.
+    every head visits all keys up to the row's own position. `tile` rows share a list of keys; with `head_tiles` they
+    are `head_tiles[h]` rows for head `h`. With `whole_tiles` the last tile, which may have fewer rows, takes the list
+    that a whole one would have, without keys after its last row.
     """
 
     start: int
@@ -101,6 +102,7 @@ class AttentionPlan:
     heads: tuple[Selection, ...] | None = None
     tile: int = QUERY_TILE
     whole_tiles: bool = False
+    head_tiles: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.start < 0 or self.tile < 1 or self.distance < 0:
@@ -126,10 +128,11 @@ class AttentionPlan:
     def tile_keys(self, head: int) -> Iterator[TileKeys]:
         """Yield the keys of one head, tile by tile: per region those of offsets, ascending, then other columns."""
         selection = self.heads[head] if self.heads else Selection.everything(self.start + self.length)
-        for row in range(0, self.length, self.tile):
-            stop = min(row + self.tile, self.length)
+        tile = self.head_tiles[head] if self.head_tiles else self.tile
+        for row in range(0, self.length, tile):
+            stop = min(row + tile, self.length)
             first = self.start + row
-            last = first + self.tile - 1 if self.whole_tiles else self.start + stop - 1
+            last = first + tile - 1 if self.whole_tiles else self.start + stop - 1
             visited = _visited(selection.offsets, first, last)
             columns = selection.columns[selection.columns <= last]
             for low, high in visited:

@@ -29,7 +29,7 @@ DENSE_ROWS = 4096  # upper bound on the rows of one kernel call, and so on its s
 def attend(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
     """Compute attention of the rows of one plan; the contract is that of `attend.attend`."""
     q, scale = _with_one_scale(q, scales)
-    return _dense(q, kv, table, plan, scale) if plan.heads is None else _sparse(q, kv, table, plan, scale)
+    return attend_dense(q, kv, table, plan, scale) if plan.heads is None else _sparse(q, kv, table, plan, scale)
 
 
 def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
@@ -41,7 +41,8 @@ def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
     return q.map(lambda rows: (rows.float() * ratio).to(rows.dtype)), first
 
 
-def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def attend_dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    """Compute attention `[T, H, D]` of rows over all keys up to their own; `scale` is the factor on their logits."""
     outputs = []  # of the rows, in order
     for row in range(0, plan.length, DENSE_ROWS):
         parts = _partial_results(q, kv, table, plan, scale, row, min(row + DENSE_ROWS, plan.length))

@@ -23,7 +23,7 @@ from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
 from workers.model.batch import Batch, Piece
 from workers.model.device import step as device_step
-from workers.model.device.sparse import DeviceSparsePrefill
+from workers.model.device.prefill import DevicePrefill
 from workers.model.device.step import DeviceStep
 from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import add_rms_norm, gated_mlp, linear, rms_norm
@@ -112,19 +112,21 @@ class Decoder:
             x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
-        if isinstance(sparse, DeviceSparsePrefill):
+        if isinstance(sparse, DevicePrefill):
             self.settle()
             log.cells += sparse.reports()
         return x if delta is None else delta.add_(x)
 
-    def _sparse(self, ready: Ready, dtype: torch.dtype, log: CellLog) -> SparsePrefill | DeviceSparsePrefill | None:
-        """Return what attends the sparse cells of a step; None where it has none."""
-        if not any(piece.sparse for piece in ready.batch.pieces):
+    def _sparse(self, ready: Ready, dtype: torch.dtype, log: CellLog) -> SparsePrefill | DevicePrefill | None:
+        """Return what attends the sparse cells of a step, or on a device all rows that do not decode; None without."""
+        batch, device, cache = ready.batch, ready.batch.positions.device, ready.kv.layer(0).keys.dtype
+        if ready.device is not None and cuda.supports_lists(device, dtype, self.spec.head_dim, cache):
+            others = ready.device.others
+            common = self.spec, self.shard, self._rotary, batch, self._budgets
+            return DevicePrefill(others, *common) if others else None
+        if not any(piece.sparse for piece in batch.pieces):
             return None
-        device, cache = ready.batch.positions.device, ready.kv.layer(0).keys.dtype
-        if self._budgets is not None and cuda.supports_lists(device, dtype, self.spec.head_dim, cache):
-            return DeviceSparsePrefill(self.spec, self.shard, self._rotary, ready.batch, self._budgets)
-        return SparsePrefill(self.spec, self.shard, self._rotary, ready.batch, log)
+        return SparsePrefill(self.spec, self.shard, self._rotary, batch, log)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits `[n, vocab_size]` in float32, whole on every shard, of rows `[n, M]` after the last layer."""
@@ -146,7 +148,7 @@ class Decoder:
 
     def _attention(
         self, x: torch.Tensor, index: int, weights: LayerWeights, step: Ready,
-        sparse: SparsePrefill | DeviceSparsePrefill | None,
+        sparse: SparsePrefill | DevicePrefill | None,
     ) -> torch.Tensor:  # fmt: skip
         dim, heads, kv_heads = self.spec.head_dim, self.shard.heads.size, self.shard.kv_heads.size
         qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
@@ -159,14 +161,14 @@ class Decoder:
         else:
             q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
             step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
-            assert not isinstance(sparse, DeviceSparsePrefill)
+            assert not isinstance(sparse, DevicePrefill)
             parts = [self._attend_piece(piece, q, index, step, sparse) for piece in step.batch.pieces]
             out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
 
     def _attend_on_device(
         self, qkv: torch.Tensor, index: int, norm: torch.Tensor | None, step: Ready, device: DeviceStep,
-        sparse: SparsePrefill | DeviceSparsePrefill | None,
+        sparse: SparsePrefill | DevicePrefill | None,
     ) -> torch.Tensor:  # fmt: skip
         """Store the heads of `qkv` `[T, H + 2 K, D]` and attend: `[T, H, D]`; rows that decode share one call."""
         kv = step.kv.layer(index)
@@ -174,12 +176,11 @@ class Decoder:
         if not device.others:
             return device_step.attend_decoding(q, kv, device)
         queries, out = Queries(*q), torch.empty_like(q[0])
-        pieces = device.others
-        if isinstance(sparse, DeviceSparsePrefill):
+        if isinstance(sparse, DevicePrefill):
             sparse.attend(queries, kv, out)
-            pieces, sparse = tuple(piece for piece in pieces if not piece.sparse), None
-        for piece in pieces:
-            out[piece.rows] = self._attend_piece(piece, queries, index, step, sparse)
+        else:
+            for piece in device.others:
+                out[piece.rows] = self._attend_piece(piece, queries, index, step, sparse)
         if device.rows is not None:
             out[device.decoding] = device_step.attend_decoding(q, kv, device)
         return out

@@ -20,6 +20,7 @@ import torch
 
 from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Queries
+from workers.kernels.device import moved
 from workers.kernels.triton.lists import TILES, CellLists
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape, to_device
 from workers.sparse.selection import (
@@ -130,18 +131,18 @@ class StepSelection:
 
     def __init__(
         self, spec: SparseSpec, cells: Sequence[SparseCell], budgets: HeadBudgets, kv_heads: int,
-        device: torch.device | str, tile: int = TILES[0], shape: TileShape | None = None,
+        device: torch.device | str, tiles: tuple[int, ...] = TILES, shape: TileShape | None = None,
     ) -> None:  # fmt: skip
         """Make tables and copy them to the device, without waiting for it.
 
         Args:
             kv_heads: of the shard.
-            tile: rows of a tile of the attention kernel, a multiple of 32.
+            tiles: sizes of tiles that heads may have in the attention kernel, in rows; multiples of 32.
             shape: how the kernels cut their work; made for `spec.last_q` where None.
         """
         num_rows = max(_MIN_ROWS, 1 << (spec.last_q - 1).bit_length())
         self._shape = shape or tile_shape(num_rows)
-        self._spec, self._budgets, self._tile = spec, budgets, tile
+        self._spec, self._budgets, self._tiles = spec, budgets, tiles
         self._kv_heads, self._device = kv_heads, device
         self._starts = [cell.plan.start for cell in cells]
         spans = [
@@ -158,13 +159,12 @@ class StepSelection:
         others = [held_out_rows(cell.plan.length, spec.last_q) for cell in cells]
         self.estimate = _sample(cells, sampled, num_rows, device, at_end=True)
         self.held_out = _sample(cells, others, 32, device)
-        self.scales = [_moved(cell.scales, device) for cell in cells]  # of all their rows, for attention
         group = len(budgets.heads) // kv_heads
         host = [
             [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
             for span, rows, cell in zip(spans, sampled, cells, strict=True)
         ]
-        numbers = _moved(torch.tensor(host, dtype=torch.float64), device)
+        numbers = moved(torch.tensor(host, dtype=torch.float64), device)
         self._seen, self._num_rows, self._causal, self._dense_room = numbers.T[..., None]
         self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
         self._visited: list[torch.Tensor] = []  # [C, H]
@@ -180,8 +180,10 @@ class StepSelection:
 
     def select(
         self, layer: int, estimate: SampledQueries, held_out: SampledQueries, keys: torch.Tensor
-    ) -> list[CellLists]:
+    ) -> list[tuple[CellLists, ...]]:
         """Select the keys of every head in every cell; return the lists of each cell, and note what they keep.
+
+        A cell has lists for every size of tiles.
 
         Attention over the lists follows, and then `note_visited`.
 
@@ -203,7 +205,8 @@ class StepSelection:
         share = torch.where(is_whole, 1.0, share.double())
         dense = self._fall_back(share)
         self._figures.append((layer, torch.stack([recall, share, dense.double()])))
-        return make_lists(offsets, columns, dense.int(), self.tables, self._tile)
+        by_tile = [make_lists(offsets, columns, dense.int(), self.tables, tile) for tile in self._tiles]
+        return list(zip(*by_tile, strict=True))
 
     def note_visited(self, pairs: Sequence[torch.Tensor]) -> None:
         """Note the pairs that attention visited in the layer selected last, `[H]` for every cell."""
@@ -289,8 +292,8 @@ class StepSelection:
                 intervals[at, index, : len(one.offsets)] = one.offsets + np.array([0, 1])
                 listed[at, index, : len(one.columns)] = one.columns
                 totals[:, at, index] = len(one.columns), np.diff(one.offsets, axis=1).sum() + len(one.offsets)
-        moved = (_moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
-        device_intervals, indices, num_columns, num_offsets = moved
+        on_device = (moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
+        device_intervals, indices, num_columns, num_offsets = on_device
         by_offset = _interval_words(device_intervals, words)
         is_set = torch.arange(SYNTHETIC_COLUMNS, device=indices.device) < num_columns[..., None]
         bits = torch.where(is_set, 1 << (indices % 32), 0).int()
@@ -345,12 +348,7 @@ def _sample(
         positions[at, place] = cell.plan.start + np.array(own)
         scales[at, place] = cell.scales[list(own)].float() * _LOG2_E
     host = torch.from_numpy(rows), torch.from_numpy(positions.astype(np.int32)), scales
-    return Sampled(*(_moved(one, device) for one in host))
-
-
-def _moved(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return the tensor on the device, copied there without waiting for it."""
-    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host
+    return Sampled(*(moved(one, device) for one in host))
 
 
 def _interval_words(intervals: torch.Tensor, words: int) -> torch.Tensor:

@@ -50,14 +50,17 @@ class PagedCell:
 
 def paged_cell(
     start: int, rows: int, distance: int = 0, *, heads: int = 4, kv_heads: int = 2, dim: int = 16, page_size: int = 16,
-    cache: torch.dtype = torch.float32, selections: tuple[Selection, ...] | None = None,
+    cache: torch.dtype = torch.float32, selections: tuple[Selection, ...] | None = None, in_order: bool = False,
 ) -> PagedCell:  # fmt: skip
-    """Make rows whose pages are in disorder. Slots of nobody hold NaN (in int8 99 with scales of NaN)."""
+    """Make rows whose pages are in disorder, or one run behind two others.
+
+    Slots of nobody hold NaN (in int8 99 with scales of NaN).
+    """
     torch.manual_seed(start + rows)
     stop = start + rows
     pages = -(-stop // page_size)
     table = PageTable(page_size)
-    table.append(torch.randperm(pages + 3)[:pages].tolist())
+    table.append(range(2, pages + 2) if in_order else torch.randperm(pages + 3)[:pages].tolist())
     slots = torch.from_numpy(table.slots(np.arange(stop)))
 
     def paged(side: torch.Tensor, empty: float = torch.nan) -> torch.Tensor:

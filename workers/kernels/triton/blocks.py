@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from workers.kernels.triton.staging import Staged
+from workers.kernels.triton.staging import Columns, Staged
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -36,12 +36,12 @@ class Target(NamedTuple):
         capability = torch.cuda.get_device_capability(device)
         return Target(capability >= (9, 0), tl.bfloat16, torch.bfloat16, capability)
 
-    def sides(self, staged: Staged, keys: int) -> tuple[Any, Any]:
+    def sides(self, rows: Staged | Columns, keys: int) -> tuple[Any, Any]:
         """Return keys and values as kernels take them that load blocks of so many rows."""
         if not self.tma:
-            return staged.keys, staged.values
-        box = [keys, staged.keys.shape[1]]
-        return TensorDescriptor.from_tensor(staged.keys, box), TensorDescriptor.from_tensor(staged.values, box)
+            return rows.keys, rows.values
+        box = [keys, rows.keys.shape[1]]
+        return TensorDescriptor.from_tensor(rows.keys, box), TensorDescriptor.from_tensor(rows.values, box)
 
 
 class QuerySides(NamedTuple):
@@ -126,20 +126,23 @@ def softmax_step(
 
 @triton.jit
 def causal_step(
-    q: tl.tensor, keys: tl.tensor, values: tl.tensor, row: tl.tensor, scale: tl.tensor, out: tl.tensor,
-    total: tl.tensor, largest: tl.tensor, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-    DOT: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, own: tl.tensor, first: tl.tensor, last_block: tl.tensor,
+    scale: tl.tensor, out: tl.tensor, total: tl.tensor, largest: tl.tensor, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Add the keys of the tile's own rows, which begin at `row` of keys and values; the state is that of softmax_step.
+    """Add the keys of the tile's own rows, which are at positions from `first` on; the state is that of softmax_step.
 
     It must be the first of a tile's steps: every row sees a key of the first block, so that `largest` is finite from
-    then on.
+    then on. `own` is the row of the first position in keys and values, and `last_block` the last position at which a
+    block may begin: no row behind the context is read.
     """
-    for first in tl.range(0, M, N, num_stages=2):
-        k = load_block(keys, row + first, N, D, TMA).to(DOT)
+    for begin in tl.range(0, M, N, num_stages=2):
+        at = tl.minimum(first + begin, last_block)
+        key = (at + tl.arange(0, N))[None, :]
+        k = load_block(keys, own + at, N, D, TMA).to(DOT)
         logits = tl.dot(q, k.T)
-        seen = tl.arange(0, M)[:, None] >= first + tl.arange(0, N)[None, :]
+        seen = (first + tl.arange(0, M)[:, None] >= key) & (key >= first + begin)
         logits = tl.where(seen, logits, float("-inf"))
-        v = load_block(values, row + first, N, D, TMA)
+        v = load_block(values, own + at, N, D, TMA)
         out, total, largest = softmax_step(logits, v, scale, out, total, largest, DOT)
     return out, total, largest

@@ -1,7 +1,7 @@
 """Dense attention of the rows of one DCA chunk over their whole staged context: one softmax over the three regions.
 
 It takes rows of different logit factors, and serves the dense heads of a sparse cell: others are left out on the
-device, so that the choice need not be known to the host.
+device, so that the choice need not be known to the host. No row of keys or values behind the context is read.
 
 Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim, `M` rows of a tile, `N` keys of a block.
 """
@@ -36,31 +36,32 @@ def block_keys(capability: tuple[int, int]) -> int:
 
 def dense_attention(
     q: QuerySides, rows: Rows, staged: Staged, scales: torch.Tensor, out: torch.Tensor,
-    dense: torch.Tensor | None = None, target: Target | None = None,
+    head_tiles: torch.Tensor | None = None, target: Target | None = None,
 ) -> None:  # fmt: skip
-    """Compute attention of all heads, or of those that are `dense` `[H]` bool, into `out` `[T, H, D]`.
+    """Compute attention of heads over all keys into `out` `[T, H, D]`.
 
     Args:
         scales: `[T]` float32 on the device, the factors on the logits.
+        head_tiles: `[H]` of `lists.Choice`; only heads that have 0 there are computed. None: all heads.
     """
     length, heads, dim = out.shape
     target = target or Target.of(out.device)
     keys, tiles = block_keys(target.capability), rows.tiles(TILE)
     dense_attention_kernel[(tiles * heads,)](
-        *q.arguments(), *target.sides(staged, keys), scales, out, out.stride(0), dense, rows.start, length, rows.succ,
-        rows.intra, tiles, staged.head_rows, heads // staged.kv_heads, M=TILE, N=keys, D=dim, TMA=target.tma,
-        DOT=target.dot, **OPTIONS[keys],
+        *q.arguments(), *target.sides(staged, keys), scales, out, out.stride(0), head_tiles, rows.start, length,
+        rows.succ, rows.intra, tiles, staged.last_block(keys), staged.head_rows, heads // staged.kv_heads, M=TILE,
+        N=keys, D=dim, TMA=target.tma, DOT=target.dot, **OPTIONS[keys],
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start", "length", "succ_start", "intra_start", "tiles"])
+@triton.jit(do_not_specialize=["start", "length", "succ_start", "intra_start", "tiles", "last_block"])
 def dense_attention_kernel(
     intra: tl.tensor, intra_row: tl.tensor, intra_head: tl.tensor,
     succ: tl.tensor, succ_row: tl.tensor, succ_head: tl.tensor,
     inter: tl.tensor, inter_row: tl.tensor, inter_head: tl.tensor,
-    keys: tl.tensor, values: tl.tensor, scales: tl.tensor, out: tl.tensor, out_row: tl.tensor, dense: tl.tensor,
+    keys: tl.tensor, values: tl.tensor, scales: tl.tensor, out: tl.tensor, out_row: tl.tensor, head_tiles: tl.tensor,
     start: tl.tensor, length: tl.tensor, succ_start: tl.tensor, intra_start: tl.tensor, tiles: tl.tensor,
-    head_rows: tl.tensor, group: tl.tensor,
+    last_block: tl.tensor, head_rows: tl.tensor, group: tl.tensor,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Compute attention of tile `pid % tiles`, from the last, of head `pid // tiles`.
@@ -70,24 +71,28 @@ def dense_attention_kernel(
         keys, values: `[rows, D]`: `head_rows` rows a KV head by position.
         scales: `[T]` float32, the factors on the logits.
         out: `[T, H, D]`, rows `out_row` values apart.
-        dense: `[H]` bool, the heads to compute; None for all.
+        head_tiles: `[H]` int32, 0 for the heads to compute; None for all.
         start: the position of the first row.
         succ_start, intra_start: the first keys of these regions.
+        last_block: the last position at which a block of keys may begin; the keys of a block that would reach behind
+            it are the last ones of one that does not.
         group: `H // K`.
     """
     head = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles
     first = tile * M
-    wanted = tl.load(dense + head).to(tl.int32) if dense is not None else 1
+    if head_tiles is not None:  # noqa: SIM102
+        if tl.load(head_tiles + head) != 0:
+            return
     scale = load_scales(scales, first, length, M)
     q = load_queries(intra, intra_row, intra_head, head, first, length, M, D, DOT)
     acc, total = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
     largest = tl.full([M], float("-inf"), tl.float32)
     own = head // group * head_rows
     acc, total, largest = causal_step(
-        q, keys, values, own + start + first, scale, acc, total, largest, M, N, D, TMA, DOT
+        q, keys, values, own, start + first, last_block, scale, acc, total, largest, M, N, D, TMA, DOT
     )
-    for turn in range(3 * wanted):
+    for turn in range(3):
         region = 2 - turn  # intra, succ, inter
         side = tl.where(region == 2, intra, tl.where(region == 1, succ, inter))
         row_stride = tl.where(region == 2, intra_row, tl.where(region == 1, succ_row, inter_row))
@@ -96,9 +101,11 @@ def dense_attention_kernel(
         upper = tl.where(region == 2, start + first, tl.where(region == 1, intra_start, succ_start))
         q = load_queries(side, row_stride, head_stride, head, first, length, M, D, DOT)
         for key in range(lower, upper, N):
-            k = load_block(keys, own + key, N, D, TMA).to(DOT)
-            bias = tl.where(key + tl.arange(0, N) < upper, 0.0, float("-inf"))
+            at = tl.minimum(key, last_block)
+            k = load_block(keys, own + at, N, D, TMA).to(DOT)
+            position = at + tl.arange(0, N)
+            bias = tl.where((position >= key) & (position < upper), 0.0, float("-inf"))
             logits = tl.dot(q, k.T) + bias[None, :]
-            v = load_block(values, own + key, N, D, TMA)
+            v = load_block(values, own + at, N, D, TMA)
             acc, total, largest = softmax_step(logits, v, scale, acc, total, largest, DOT)
-    store_rows(out, acc / total[:, None], out_row, head, first, length * wanted, M, D)
+    store_rows(out, acc / total[:, None], out_row, head, first, length, M, D)

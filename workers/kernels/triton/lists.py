@@ -5,6 +5,9 @@ distances from the tile's last row: the head's own intervals, prolonged by `tile
 all tiles of the cell. The last tile of a cell may have fewer rows; it takes the list of a whole one, as if the missing
 rows were there. All tiles visit every key of their own rows, before and at the row.
 
+Each head has tiles of the size that is the least work for it. Large tiles visit more pairs where offsets are scattered,
+but a GPU computes them faster.
+
 Legend: `H` query heads, `B` blocks, `C` columns, `W` words of 32 bits.
 """
 
@@ -12,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.kernels.device import moved
+
 BLOCK = 64  # keys of a block: the bits of a mask
 TILES = (128, 64)  # rows of a tile that the kernels are built for
-_DENSE_SHARE = 3, 5  # more than so many of a head's causal keys in its blocks: the head visits all keys
+DENSE_SHARE = 3, 5  # more than so many of a head's causal keys in its blocks: the head visits all keys
 
 IntArray = npt.NDArray[np.int32]
 
@@ -36,6 +42,11 @@ class Rows:
     def tiles(self, tile: int) -> int:
         """Return the number of tiles."""
         return -(-self.length // tile)
+
+    @property
+    def causal_pairs(self) -> int:
+        """The number of query-key pairs of causal attention of the rows."""
+        return self.length * (self.start + 1) + self.length * (self.length - 1) // 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,21 +94,67 @@ def cell_lists(
     return CellLists(
         _padded([blocks for blocks, _ in heads], device),
         _padded([counts for _, counts in heads], device),
-        torch.tensor([len(blocks) for blocks, _ in heads], dtype=torch.int32, device=device),
-        torch.from_numpy(packed.astype(np.int32)).to(device),
+        moved(torch.tensor([len(blocks) for blocks, _ in heads], dtype=torch.int32), device),
+        moved(torch.from_numpy(packed.astype(np.int32)), device),
         _padded(columns, device),
-        torch.tensor([len(one) for one in columns], dtype=torch.int32, device=device),
+        moved(torch.tensor([len(one) for one in columns], dtype=torch.int32), device),
         tile,
     )
 
 
-def dense_heads(lists: CellLists, rows: Rows) -> torch.Tensor:
-    """Return which heads `[H]` visit all keys, as their blocks have over 60 % of the causal keys of the cell's tiles.
+class Choice(NamedTuple):
+    """How the heads of a cell are computed, on one device.
 
-    Keys are counted once a tile, those up to its last row, and all tiles as whole ones.
+    `head_tiles` `[H]` int32 are the rows of each head's tiles, and 0 for heads that visit all keys. `order` `[H]` int32
+    are the heads, those with most work first. `visited` `[H]` int64 are the pairs of heads that visit all keys, else 0.
     """
-    tiles, first_last = rows.tiles(lists.tile), rows.start + lists.tile - 1  # position of the first tile's last row
-    causal = tiles * (first_last + 1) + lists.tile * (tiles * (tiles - 1) // 2)
+
+    head_tiles: torch.Tensor
+    order: torch.Tensor
+    visited: torch.Tensor
+
+
+def choose_tiles(lists: Sequence[CellLists], rows: Rows, rates: Sequence[int]) -> Choice:
+    """Choose the tiles of every head: the slow twin of `workers.kernels.triton.tiles`.
+
+    Of two sizes a head takes that with less `pairs / rate`, and the first one where they are equal. Pairs are those of
+    its blocks and columns, all tiles taken as whole ones, and columns that lie in blocks not left out. A head whose
+    blocks at this size have over 60 % of the causal keys, or are more than `most_blocks`, visits all keys.
+
+    Args:
+        lists: of one or two sizes of tiles.
+        rates: of each size, pairs in the same time; in total below 2**20.
+    """
+    first, second = lists[0], lists[-1]
+    rate, other = rates[0], rates[-1]
+    blocks, causal, work = [], [], []
+    for one, factor in ((first, other), (second, rate)):
+        tiles, last = rows.tiles(one.tile), rows.start + one.tile - 1  # position of the first tile's last row
+        blocks.append(block_keys(one, rows))
+        causal.append(tiles * (last + 1) + one.tile * (tiles * (tiles - 1) // 2))
+        work.append((blocks[-1] + tiles * one.num_columns.long()) * (one.tile * factor))
+    is_second = work[1] < work[0]
+    share, whole = DENSE_SHARE
+    are_many = [
+        (keys * whole > pairs * share) | (one.num_blocks > most_blocks(rows, one.tile))
+        for keys, pairs, one in zip(blocks, causal, (first, second), strict=True)
+    ]
+    is_dense = torch.where(is_second, are_many[1], are_many[0])
+    head_tiles = torch.where(is_second, second.tile, first.tile).masked_fill(is_dense, 0).int()
+    work_left = torch.minimum(*work).masked_fill(is_dense, -1)
+    order = torch.argsort(work_left, descending=True, stable=True).int()
+    return Choice(head_tiles, order, torch.where(is_dense, rows.causal_pairs, 0))
+
+
+def most_blocks(rows: Rows, tile: int) -> int:
+    """Return the most blocks of a head that does not visit all keys: 60 % of those that the whole context has."""
+    share, whole = DENSE_SHARE
+    return share * (rows.start + rows.length + tile) // (whole * BLOCK) + 1
+
+
+def block_keys(lists: CellLists, rows: Rows) -> torch.Tensor:
+    """Return the keys that blocks have in all tiles of the cell, `[H]` int64: those up to a whole tile's last row."""
+    tiles, first_last = rows.tiles(lists.tile), rows.start + lists.tile - 1
     far, count = lists.blocks.long(), lists.counts.long()
     is_set = torch.arange(far.shape[1], device=far.device) < lists.num_blocks[:, None]
     # A block lies before the first key in early tiles, then reaches into the context in one, and then is inside.
@@ -105,9 +162,7 @@ def dense_heads(lists: CellLists, rows: Rows) -> torch.Tensor:
     inside = (tiles - before).clamp_min(0)
     reaching = first_last + (before - 1) * lists.tile - far + count
     reaching = torch.where((before > 0) & (before <= tiles), reaching.clamp_min(0), 0)
-    visited = torch.where(is_set, inside * count + reaching, 0).sum(dim=1)
-    share, whole = _DENSE_SHARE
-    return visited * whole > causal * share
+    return torch.where(is_set, inside * count + reaching, 0).sum(dim=1)
 
 
 def _blocks(offsets: IntArray, tile: int) -> tuple[list[int], list[int]]:
@@ -131,4 +186,4 @@ def _padded(rows: Sequence[Sequence[int] | IntArray], device: torch.device | str
     out = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
-    return torch.from_numpy(out).to(device)
+    return moved(torch.from_numpy(out), device)

@@ -128,3 +128,13 @@ def test_whole_tiles(start: int, rows: int, tile: int) -> None:
         tags, wanted = plan_tags(plan, head, start + whole), plan_tags(longer, head, start + whole)
         assert torch.equal(tags, wanted[:rows])
         assert plan.visited_pairs(head) == int((tags != UNVISITED).sum())
+
+
+def test_tiles_of_each_head() -> None:
+    rng = random.Random(7)
+    heads = tuple(random_selection(400, rng) for _ in range(3))
+    mixed = AttentionPlan(333, 67, heads=heads, whole_tiles=True, head_tiles=(16, 128, 64))
+    for head, tile in enumerate((16, 128, 64)):
+        alike = AttentionPlan(333, 67, heads=heads, tile=tile, whole_tiles=True)
+        assert torch.equal(plan_tags(mixed, head, 400), plan_tags(alike, head, 400))
+        assert mixed.visited_pairs(head) == alike.visited_pairs(head)

@@ -30,7 +30,7 @@ def _twins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def select(given: DeviceCells) -> tuple[list[CellLists], list[CellFigures]]:
-    lists = given.step.select(LAYER, given.estimate, given.held_out, given.keys)
+    lists = [own for (own,) in given.step.select(LAYER, given.estimate, given.held_out, given.keys)]
     heads = given.estimate.queries.shape[2]
     given.step.note_visited([torch.full((heads,), cell.plan.causal_pairs // 2) for cell in given.cells])
     return lists, given.step.figures()

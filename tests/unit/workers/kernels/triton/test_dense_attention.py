@@ -12,11 +12,12 @@ from workers.kernels.triton.blocks import QuerySides, Target
 from workers.kernels.triton.dense_attention import block_keys, dense_attention
 
 
-def run(cell: PagedCell, target: Target | None = None, dense: torch.Tensor | None = None) -> torch.Tensor:
+def run(cell: PagedCell, target: Target | None = None, head_tiles: torch.Tensor | None = None) -> torch.Tensor:
     q, plan = cell.q, cell.plan
     out = torch.full(q.intra.shape, torch.nan, dtype=q.intra.dtype)
     staged = stage(cell.kv, cell.table, plan.start + plan.length)
-    dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, cell.scales, out, dense, target)
+    sides = QuerySides(q.intra, q.succ, q.inter)
+    dense_attention(sides, plan_rows(plan), staged, cell.scales, out, head_tiles, target)
     return out
 
 
@@ -25,6 +26,17 @@ def run(cell: PagedCell, target: Target | None = None, dense: torch.Tensor | Non
 def test_rows_of_every_size(start: int, rows: int, distance: int, tma: bool) -> None:
     cell = paged_cell(start, rows, distance, heads=2)
     target = Target(tma, tl.float32, torch.float32)
+    torch.testing.assert_close(run(cell, target).double(), cell.reference(), atol=4e-6, rtol=4e-6)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["64 keys a block", "128 keys a block"])
+@pytest.mark.parametrize(("start", "rows", "distance"), [(127, 1, 0), *CELLS[3:]])
+def test_caches_in_place(start: int, rows: int, distance: int, capability: tuple[int, int]) -> None:
+    """What lies behind the context, and before it, is NaN."""
+    cell = paged_cell(start, rows, distance, heads=2, in_order=True)
+    staged = stage(cell.kv, cell.table, start + rows)
+    assert staged.keys.data_ptr() == cell.kv.keys[0, 32].data_ptr()
+    target = Target(capability == (9, 0), tl.float32, torch.float32, capability)
     torch.testing.assert_close(run(cell, target).double(), cell.reference(), atol=4e-6, rtol=4e-6)
 
 
@@ -52,6 +64,6 @@ def test_blocks_as_wide_as_a_tile() -> None:
 
 def test_other_heads_are_left_alone() -> None:
     cell = paged_cell(300, 17, 128)
-    got, wanted = run(cell, dense=torch.tensor([False, True, False, True])), cell.reference()
+    got, wanted = run(cell, head_tiles=torch.tensor([64, 0, 128, 0], dtype=torch.int32)), cell.reference()
     assert got[:, [0, 2]].isnan().all()
     torch.testing.assert_close(got[:, [1, 3]].double(), wanted[:, [1, 3]], atol=4e-6, rtol=4e-6)

@@ -17,7 +17,6 @@ from workers.bench.model import benchmark_spec
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
 from workers.model import sparse_prefill
-from workers.model.device import sparse
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
 from workers.sparse import cuda as sparse_cuda
@@ -25,7 +24,7 @@ from workers.sparse import vertical_slash
 from workers.sparse.estimate import Estimate
 from workers.transport.collectives import Collectives
 
-PAGE, CPU, PAGES, LENGTH, TILE = 16, torch.device("cpu"), 64, 449, 64
+PAGE, CPU, PAGES, LENGTH = 16, torch.device("cpu"), 64, 449
 SPARSE = SparseSpec(threshold=32, last_q=17, cell=128, uniform=HeadBudget(35, 103))
 PLAIN = replace(
     benchmark_spec(layers=1), vocab_size=97, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -60,7 +59,7 @@ def run(spec: ModelSpec) -> tuple[torch.Tensor, list[CellReport]]:
 
 
 def attend_as_the_kernels(q: Any, kv: Any, table: Any, plan: Any, scales: Any, visited: Any = None) -> torch.Tensor:
-    return attend(q, kv, table, cuda.executed_plan(plan, TILE), scales, visited)
+    return attend(q, kv, table, cuda.executed_plan(plan), scales, visited)
 
 
 def watch_scales(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -92,7 +91,6 @@ def test_sparse_prefill(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as twin:
         twin.setattr(sparse_prefill, "attend", attend_as_the_kernels)
         wanted, reports = run(spec)
-    monkeypatch.setattr(sparse, "TILE", TILE)
     monkeypatch.setattr(calls, "supports", lambda device: True)
     monkeypatch.setattr(cuda, "supports_lists", lambda *types: True)
     seen = watch_scales(monkeypatch)
