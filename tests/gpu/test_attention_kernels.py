@@ -91,12 +91,11 @@ def test_selections(start: int, rows: int, distance: int, tiles: tuple[int, ...]
 def test_selections_do_not_wait_for_the_device() -> None:
     cell = make(8192 - 193, 193, 0, torch.int8, 128, 6, True)
     there, device = on_gpu(cell), torch.device("cuda")
-    lists, scales = cuda.plan_lists(cell.plan, 128, device), cell.scales.cuda()
-    room = cuda.column_rows(lists.columns.shape[1], 6, 128)
+    lists, scales = [cuda.plan_lists(cell.plan, 128, device)], RowScales.of(cell.scales, device)
     for mode in ("default", "error"):  # the first call builds the kernels, and copies the page table
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            cuda.attend_lists(there.q, cuda.stage(there.kv, there.table, 8192, room), cell.plan, scales, lists)
+            cuda.attend_lists(there.q, cuda.stage(there.kv, there.table, 8192), cell.plan, scales, lists)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
