@@ -11,8 +11,6 @@ Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim, `S` context lengt
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ import torch
 
 from workers.attention import flash, torch_backend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
+from workers.kernels.device import moved, runs_triton
 from workers.kernels.triton.lists import BLOCK, TILES, CellLists, Rows, cell_lists, dense_heads
 from workers.kv.paged import LayerKV, PageTable
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 MIN_ROWS = 64  # staging moves about three times the bytes of the context: fewer rows read it in place
 _DIMS = (64, 128)
 _CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-_AMPERE = (8, 0)  # compute capability
 _COLUMN_BYTES = 1 << 30  # for the gathered columns of the heads that run together, and for their entries
 _ENTRY_BYTES = 256 << 20
 
@@ -116,7 +114,7 @@ def attend_dense(
     from workers.kernels.triton.dense_attention import dense_attention
 
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device)
-    dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, scales.to(device), out)
+    dense_attention(QuerySides(q.intra, q.succ, q.inter), plan_rows(plan), staged, moved(scales, device), out)
     return out
 
 
@@ -149,7 +147,7 @@ def attend_lists(
     if staged.column_rows < room:
         raise ValueError(f"sparse attention: staged with {staged.column_rows} rows for columns: need at least {room}")
     together = max(1, min(heads, staged.column_rows // room, _ENTRY_BYTES // entry_bytes(lists, rows)))
-    sides, scales = QuerySides(q.intra, q.succ, q.inter), scales.to(device)
+    sides, scales = QuerySides(q.intra, q.succ, q.inter), moved(scales, device)
     dense = dense_heads(lists, rows)
     weight = lists.num_blocks + (lists.num_columns + BLOCK - 1) // BLOCK
     order = torch.argsort(torch.where(dense, -1, weight), descending=True, stable=True).int()
@@ -188,15 +186,4 @@ def executed_plan(plan: AttentionPlan, tile: int = TILES[0]) -> AttentionPlan:
 
 
 def _takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and dim in _DIMS
-        and _has_triton()
-        and torch.cuda.get_device_capability(device) >= _AMPERE
-    )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return runs_triton(device) and dtype == torch.bfloat16 and dim in _DIMS

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.kernels.device import moved
 from workers.kv.host_memory import advise_huge_pages, commit_memory
 
 _COMMITTED_BYTES = 1 << 30  # at the start, at most
@@ -66,7 +67,7 @@ class PageTable:
         """Return the first slot of every page, `[pages]` int32, on a device; copied there when pages were appended."""
         known = self._device_slots
         if known is None or len(known) != self.num_pages or known.device != device:
-            known = torch.tensor(self.page_slots, dtype=torch.int32).to(device)
+            known = moved(torch.tensor(self.page_slots, dtype=torch.int32), device)
             self._device_slots = known
         return known
 

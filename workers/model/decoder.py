@@ -112,7 +112,7 @@ class Decoder:
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
         if isinstance(sparse, DeviceSparsePrefill):
-            log.cells += sparse.reports()
+            log.on_device = sparse.reports
         return x if delta is None else delta.add_(x)
 
     def _sparse(self, ready: Ready, dtype: torch.dtype, log: CellLog) -> SparsePrefill | DeviceSparsePrefill | None:

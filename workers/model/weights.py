@@ -381,6 +381,8 @@ def _random(spec: ModelSpec, seed: int) -> _Fill:
     shapes = {one.name: (one.rows.size, (one.columns or Span(0, 1)).size) for plan in plans for one in plan.pieces}
 
     def fill(target: torch.Tensor, piece: _Piece) -> None:
+        if target.is_meta:  # shapes alone
+            return
         if piece.name.endswith("norm.weight"):
             target.fill_(1.0)
             return

@@ -116,13 +116,19 @@ class ModelRunner:
         assert hidden is not None, "a later stage needs activations"
         log = CellLog()
         hidden = self.decoder.layers(hidden, prepared.layers, log)
-        reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
+        output = self._sampled(plan, hidden, batch.sample_rows, keep_logits)
+        return replace(output, cells=log.read(), estimate_us=round(log.seconds * 1e6))
+
+    def _sampled(
+        self, plan: StepPlan, hidden: torch.Tensor, sample_rows: torch.Tensor, keep_logits: bool
+    ) -> StepOutput:
+        """Return what follows from the hidden states `[T, M]` of a step: themselves, or at the last stage tokens."""
         if not self.shard.is_last:
-            return replace(reports, hidden=hidden)
-        reports = replace(reports, targets=self._score(plan, hidden))
-        if not len(batch.sample_rows):
+            return StepOutput(hidden=hidden)
+        reports = StepOutput(targets=self._score(plan, hidden))
+        if not len(sample_rows):
             return reports
-        logits = self.decoder.logits(hidden[batch.sample_rows])
+        logits = self.decoder.logits(hidden[sample_rows])
         sampled = [(part.sequence, part.sample) for part in plan.slices if part.sample is not None]
         # every rank samples the same tokens, and sends them to its peer in the first stage
         samples = self._sampler.sample_rows(logits, sampled)

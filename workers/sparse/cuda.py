@@ -20,6 +20,7 @@ import torch
 
 from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Queries
+from workers.kernels.device import moved, processors
 from workers.kernels.triton.lists import TILES, CellLists
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape, to_device
 from workers.sparse.selection import (
@@ -155,7 +156,7 @@ class StepSelection:
             [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
             for span, rows, cell in zip(spans, sampled, cells, strict=True)
         ]
-        numbers = _moved(torch.tensor(host, dtype=torch.float64), device)
+        numbers = moved(torch.tensor(host, dtype=torch.float64), device)
         self._seen, self._num_rows, self._causal, self._dense_room = numbers.T[..., None]
         self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
         self._visited: list[torch.Tensor] = []  # [C, H]
@@ -280,8 +281,9 @@ class StepSelection:
                 intervals[at, index, : len(one.offsets)] = one.offsets + np.array([0, 1])
                 listed[at, index, : len(one.columns)] = one.columns
                 totals[:, at, index] = len(one.columns), np.diff(one.offsets, axis=1).sum() + len(one.offsets)
-        moved = (_moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
-        device_intervals, indices, num_columns, num_offsets = moved
+        device_intervals, indices, num_columns, num_offsets = (
+            moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals)
+        )
         by_offset = _interval_words(device_intervals, words)
         is_set = torch.arange(SYNTHETIC_COLUMNS, device=indices.device) < num_columns[..., None]
         bits = torch.where(is_set, 1 << (indices % 32), 0).int()
@@ -319,12 +321,7 @@ def _sample(
         positions[at, place] = cell.plan.start + np.array(own)
         scales[at, place] = cell.scales[list(own)].float() * _LOG2_E
     host = torch.from_numpy(rows), torch.from_numpy(positions.astype(np.int32)), scales
-    return Sampled(*(_moved(one, device) for one in host))
-
-
-def _moved(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return the tensor on the device, copied there without waiting for it."""
-    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host
+    return Sampled(*(moved(one, device) for one in host))
 
 
 def _interval_words(intervals: torch.Tensor, words: int) -> torch.Tensor:
@@ -345,6 +342,4 @@ def _room(spec: SparseSpec, plan: AttentionPlan, group: int) -> int:
 
 def _programs(device: torch.device | str) -> int:
     """Return how many programs of the second pass run at once."""
-    if torch.device(device).type != "cuda":
-        return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * processors(torch.device(device))

@@ -16,6 +16,7 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec
 from workers.attention import cuda
 from workers.attention.plan import Queries, Rotation
+from workers.kernels.device import moved
 from workers.kernels.triton.lists import TILES
 from workers.kv.paged import LayerKV
 from workers.model.batch import Batch, Piece
@@ -27,13 +28,14 @@ TILE = TILES[0]  # rows of a tile of the attention kernel
 
 @dataclass(slots=True)
 class _Cells:
-    """The sparse cells of one sequence in a step.
+    """The sparse cells of one sequence in a step, and the factors of their rows' logits in device memory.
 
     `continuous` has the rotations of the estimate's rows where a context is not one DCA chunk (else the true ones are
     continuous), and `raw` in every layer a copy of these rows, neither normed nor rotated.
     """
 
     pieces: list[Piece]
+    scales: list[torch.Tensor]
     selection: StepSelection
     continuous: Rotations | None
     raw: torch.Tensor | None = field(default=None)
@@ -60,7 +62,9 @@ class DeviceSparsePrefill:
             selection = StepSelection(spec.sparse, cells, budgets, shard.kv_heads.size, batch.positions.device, TILE)
             has_regions = any(len(piece.plan.regions) > 1 for piece in pieces)
             positions = batch.positions[selection.estimate.rows.flatten()]
-            self._sequences.append(_Cells(pieces, selection, rotary.continuous(positions) if has_regions else None))
+            continuous = rotary.continuous(positions) if has_regions else None
+            scales = [moved(piece.scales, positions.device) for piece in pieces]
+            self._sequences.append(_Cells(pieces, scales, selection, continuous))
 
     def begin_layer(self, layer: int, q: torch.Tensor, norm: torch.Tensor | None) -> None:
         """Copy the rows of the estimates that need rotations of their own.
@@ -91,8 +95,8 @@ class DeviceSparsePrefill:
             keys = staged.by_head(0, cells.stop)[0]
             lists = selection.select(self._layer, estimate, selection.held_out.take(q), keys)
             visited = []
-            for piece, own in zip(cells.pieces, lists, strict=True):
-                out[piece.rows], pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, piece.scales, own)
+            for piece, scales, own in zip(cells.pieces, cells.scales, lists, strict=True):
+                out[piece.rows], pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, scales, own)
                 visited.append(pairs)
             selection.note_visited(visited)
 

@@ -128,7 +128,7 @@ def test_kv_of_these_kernels_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     gpu = torch.device("cuda")
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton"
     assert cuda.compute_family(gpu, torch.float32, 128) == "cuda-9.0"
-    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    monkeypatch.setattr("workers.kernels.device.has_triton", lambda: False)
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0"
     cpu = torch.device("cpu")
     assert cuda.compute_family(cpu, torch.bfloat16, 128) == flash.compute_family(cpu, torch.bfloat16, 128)

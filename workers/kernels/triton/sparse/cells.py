@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.kernels.device import moved
+
 NUM_CELL_FIELDS = 8  # seen, first row, sampled rows, first and last chunk, stop of INTER, stop of SUCC, start
 NUM_CHUNK_FIELDS = 5  # cell, start, stop, rotation, rotation of the keys before
 INTRA = 0  # `Rotation`
@@ -79,8 +81,7 @@ class CellTables:
 
 def to_device(rows: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:
     """Return int32 numbers on the device, copied there without waiting for it."""
-    host = torch.tensor(rows, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host
+    return moved(torch.tensor(rows, dtype=torch.int32), device)
 
 
 def _chunks(number: int, span: CellSpan, shape: TileShape) -> list[tuple[int, ...]]:
