@@ -25,7 +25,7 @@ from workers.kernels.build import kernel_family
 
 _AMPERE = (8, 0)  # compute capability
 _MAX_DIM = 256
-_FOLDED_ROWS = 64  # on a CPU, `T * G` up to which the query heads of a group are folded into rows
+_FOLDED_ROWS = 64  # `T * G` up to which the query heads of a group are folded into rows
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _torch(
     assert not causal or rows == k.shape[1]
     kv_heads = k.shape[0]
     group = heads // kv_heads
-    if (causal and rows > 1) or (rows * group > _FOLDED_ROWS and q.device.type == "cpu"):
+    if (causal and rows > 1) or rows * group > _FOLDED_ROWS:
         out, lse = _operator(q.transpose(0, 1)[None], k[None], v[None], causal and rows > 1, scale)
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)
     folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)

@@ -110,25 +110,25 @@ class ModelRunner:
             PlanMismatch: token ids are missing.
             RuntimeError: logits are not finite, or a member of the stage is gone.
         """
+        log = CellLog()
+        out = self._compute(prepared, hidden, keep_logits, log)
+        # what the device has to say of sparse cells is read last, when it has computed everything
+        return replace(out, cells=log.read(), estimate_us=round(log.seconds * 1e6))
+
+    def _compute(
+        self, prepared: PreparedStep, hidden: torch.Tensor | None, keep_logits: bool, log: CellLog
+    ) -> StepOutput:
         plan, batch = prepared.plan, prepared.layers.batch
         if self.shard.is_first:
             hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
         assert hidden is not None, "a later stage needs activations"
-        log = CellLog()
         hidden = self.decoder.layers(hidden, prepared.layers, log)
-        output = self._sampled(plan, hidden, batch.sample_rows, keep_logits)
-        return replace(output, cells=log.read(), estimate_us=round(log.seconds * 1e6))
-
-    def _sampled(
-        self, plan: StepPlan, hidden: torch.Tensor, sample_rows: torch.Tensor, keep_logits: bool
-    ) -> StepOutput:
-        """Return what follows from the hidden states `[T, M]` of a step: themselves, or at the last stage tokens."""
         if not self.shard.is_last:
             return StepOutput(hidden=hidden)
         reports = StepOutput(targets=self._score(plan, hidden))
-        if not len(sample_rows):
+        if not len(batch.sample_rows):
             return reports
-        logits = self.decoder.logits(hidden[sample_rows])
+        logits = self.decoder.logits(hidden[batch.sample_rows])
         sampled = [(part.sequence, part.sample) for part in plan.slices if part.sample is not None]
         # every rank samples the same tokens, and sends them to its peer in the first stage
         samples = self._sampler.sample_rows(logits, sampled)
