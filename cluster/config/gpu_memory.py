@@ -89,7 +89,7 @@ def step_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
     heads, kv_heads = shard.heads.size, shard.kv_heads.size
     row = WIDTH * dim * (heads + 2 * kv_heads + rotations * heads + heads)  # heads, rotated queries, output
     attention = step.tokens * (stream + row) + _attention_bytes(spec, shard, step)
-    mlp = step.tokens * (stream + _mlp_row(spec, shard))
+    mlp = step.tokens * (stream + WIDTH * hidden + _mlp_row(spec, shard))  # its output beside
     head = 0
     if shard.is_last:
         vocab = shard.vocab.size

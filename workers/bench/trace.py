@@ -128,7 +128,9 @@ def _is_view(func: Any) -> bool:
     return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
 
 
-def meta_runner(spec: ModelSpec, shard: ShardSpec, num_pages: int, page_size: int, kv_dtype: torch.dtype) -> ModelRunner:
+def meta_runner(
+    spec: ModelSpec, shard: ShardSpec, num_pages: int, page_size: int, kv_dtype: torch.dtype
+) -> ModelRunner:
     """Return the runner of a shard in bfloat16, whose weights and KV have shapes only."""
     weights = dummy_shard(spec, shard, torch.bfloat16, META)
     kv = PagedKV(shard.layers.size, shard.kv_heads.size, spec.head_dim, num_pages, page_size, kv_dtype, META)
@@ -148,7 +150,8 @@ def trace_step(runner: ModelRunner, plan: StepPlan) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         for owner, method, before, after in (
-            (runner.decoder, "layers", "layers", "head"), (runner._sampler, "sample_rows", "sample", "reports"),
+            (runner.decoder, "layers", "layers", "head"),
+            (runner._sampler, "sample_rows", "sample", "reports"),
         ):
             stack.enter_context(_phases(owner, method, recorder, before, after))
         stack.enter_context(recorder)

@@ -134,6 +134,11 @@ class PagedKV:
         self._data = _allocate(shape, head_dim, dtype, torch.device(device))
         self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype in _LARGEST else None
 
+    @property
+    def num_layers(self) -> int:
+        """The layers of the shard."""
+        return int(self._data.shape[1])
+
     def layer(self, index: int) -> LayerKV:
         """Return the cache of a layer; `index` counts within the shard."""
         keys, values = self._data[0, index], self._data[1, index]

@@ -108,6 +108,7 @@ class Decoder:
         eps, delta = self.spec.rms_norm_eps, None
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             x, normed = add_rms_norm(x, delta, weights.input_norm, eps)
+            delta = None  # its memory is that of x now, and given back with it
             x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1

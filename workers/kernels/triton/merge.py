@@ -54,14 +54,13 @@ def _add_part(
 
 @triton.jit(do_not_specialize=["rows"])
 def merge_parts_kernel(
-    merged: tl.tensor,
-    out_0: tl.tensor, row_0: tl.tensor, head_0: tl.tensor, lse_0: tl.tensor, lse_row_0: tl.tensor, lse_head_0: tl.tensor,
-    out_1: tl.tensor, row_1: tl.tensor, head_1: tl.tensor, lse_1: tl.tensor, lse_row_1: tl.tensor, lse_head_1: tl.tensor,
-    out_2: tl.tensor, row_2: tl.tensor, head_2: tl.tensor, lse_2: tl.tensor, lse_row_2: tl.tensor, lse_head_2: tl.tensor,
-    out_3: tl.tensor, row_3: tl.tensor, head_3: tl.tensor, lse_3: tl.tensor, lse_row_3: tl.tensor, lse_head_3: tl.tensor,
-    rows: tl.tensor, heads: tl.tensor,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
+    merged,
+    out_0, row_0, head_0, lse_0, lse_row_0, lse_head_0,
+    out_1, row_1, head_1, lse_1, lse_row_1, lse_head_1,
+    out_2, row_2, head_2, lse_2, lse_row_2, lse_head_2,
+    out_3, row_3, head_3, lse_3, lse_row_3, lse_head_3,
+    rows, heads, PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Join `ROWS` rows of one head."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
