@@ -35,7 +35,7 @@ _SAMPLING_BYTES = 56  # of a token of the vocabulary, while one row is sampled i
 class GpuStep:
     """The size of a step: its tokens, the keys that its last row sees, and the rows that are sampled.
 
-    `cell` is the number of tokens of its sparse cells, 0 where attention is dense; `columns` the most that a head keeps.
+    `cell` are the tokens of a sparse cell, 0 where attention is dense; `columns` the most that a head keeps.
     """
 
     tokens: int
