@@ -23,6 +23,7 @@ LIBRARY_BYTES = 2 * (32 << 20)
 # kind; nothing was measured here.
 GRAPH_BYTES = 512 << 20
 FRAGMENTS = 1.1  # what PyTorch's allocator holds of a step's tensors and cannot give to others; assumed
+_TABLES_BYTES = 1 << 20  # page tables, and those of sparse cells
 _TILE, _BLOCK = 128, 64  # rows of a tile and keys of a block of the attention kernels
 _COLUMN_BYTES, _ENTRY_BYTES = 1 << 30, 256 << 20  # what they take at once for columns and for entries, at most
 _SAMPLED_ROWS = 64 + 32  # of a cell: of the estimate, and held out
@@ -95,7 +96,7 @@ def step_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
         vocab = shard.vocab.size
         head = step.tokens * 2 * WIDTH * hidden
         head += max(step.sampled * vocab * (WIDTH + 4), step.sampled * vocab * 4 + vocab * _SAMPLING_BYTES)
-    return step.tokens * kept + max(attention, mlp, head)
+    return _TABLES_BYTES + step.tokens * kept + max(attention, mlp, head)
 
 
 def _regions(spec: ModelSpec, step: GpuStep) -> int:

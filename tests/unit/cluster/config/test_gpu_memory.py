@@ -39,7 +39,7 @@ def test_staged_keys_grow_with_the_context_and_the_rest_with_tokens(given: Deplo
     near, far = (step_bytes(spec, shard, GpuStep(8192, context)) for context in (500 * 1024, 1000 * 1024))
     assert far - near == 4 * 500 * 1024 * 4 * 128
     few, many = (step_bytes(spec, shard, GpuStep(tokens, 32768)) for tokens in (16384, 32768))
-    assert many == 2 * few
+    assert many - 2 * few == pytest.approx(-(1 << 20), abs=4 * 256 * 4 * 128), "tables are there once"
 
 
 def test_a_sparse_step_also_sums_over_the_context(given: Deployment) -> None:
