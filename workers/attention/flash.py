@@ -109,7 +109,8 @@ def _torch(
     assert not causal or rows == k.shape[1]
     kv_heads = k.shape[0]
     group = heads // kv_heads
-    if (causal and rows > 1) or rows * group > _FOLDED_ROWS:
+    has_groups = q.device.type == "cpu" or q.dtype != torch.float32  # else keys are repeated for every query head
+    if (causal and rows > 1) or (rows * group > _FOLDED_ROWS and has_groups):
         out, lse = _operator(q.transpose(0, 1)[None], k[None], v[None], causal and rows > 1, scale)
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)
     folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)

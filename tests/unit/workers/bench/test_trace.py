@@ -18,7 +18,7 @@ from workers.model.weights import whole_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-LAYERS, PAGE, TOKENS = 3, 64, 32768  # each layer does the same: three show what one keeps for the next
+LAYERS, PAGE, TOKENS = 2, 64, 32768  # each layer does the same: two show what one keeps for the next
 CACHES = [torch.bfloat16, torch.int8]
 DCA = DualChunkSpec(chunk_size=262144, local_size=8192, original_max_position_embeddings=262144)
 SPARSE = SparseSpec(cell=8192, uniform=HeadBudget(1000, 6096))
@@ -138,6 +138,12 @@ class Wrapped:
 def test_reads_by_the_host_are_seen(model: ModelSpec, change: object, name: str) -> None:
     found = trace_step(Wrapped(model, change).runner, step(0, 64, 64))
     assert ("layers", name) in found.reads
+
+
+def test_shapes_that_depend_on_contents_end_the_trace(model: ModelSpec) -> None:
+    runner = Wrapped(model, lambda x: x[x[:, 0] > 0]).runner
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        trace_step(runner, step(0, 64, 64))
 
 
 def test_copies_that_wait_and_memory_are_seen(model: ModelSpec) -> None:
