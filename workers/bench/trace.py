@@ -38,12 +38,12 @@ _VIEWS = {"_unsafe_view", "detach", "alias", "lift_fresh"}  # which their schema
 
 @dataclass(slots=True)
 class Trace:
-    """What a step did: in preparing and embedding (`prepare`), its `layers`, its `head`, sampling and reading `reports`.
+    """What a step did, by phases: `prepare` (embedding included), `layers`, `head`, `sample` and `reports`.
 
     Operators of PyTorch count as one launch each, though some of them (sort) launch several kernels.
     """
 
-    launches: dict[str, Counter[str]] = field(default_factory=dict)  # by phase and name
+    launches: dict[str, Counter[str]] = field(default_factory=dict)  # by name
     reads: list[tuple[str, str]] = field(default_factory=list)  # phase and operator: the host waits for the device
     waits: list[tuple[str, str]] = field(default_factory=list)  # copies to the device that wait for it
     peak_bytes: int = 0

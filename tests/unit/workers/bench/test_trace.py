@@ -35,13 +35,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 
 def step(start: int, length: int, prompt: int, rows: int = 1) -> StepPlan:
-    """A step of `rows` sequences, all of which sample."""
+    """A step of `rows` sequences, all of which sample; their pages lie in descending order, in no run of slots."""
     pages, sample = -(-(start + length) // PAGE), SampleSpec(SamplingParams(temperature=0.0), 0)
     return StepPlan(
         0,
         tuple(
             SequenceSlice(
-                number, start, length, prompt, [5] * length, range(number * pages, (number + 1) * pages), pages, sample
+                number,
+                start,
+                length,
+                prompt,
+                [5] * length,
+                range((number + 1) * pages - 1, number * pages - 1, -1),
+                pages,
+                sample,
             )
             for number in range(rows)
         ),
