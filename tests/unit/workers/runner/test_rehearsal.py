@@ -105,8 +105,8 @@ def test_a_device_that_is_too_small_is_told_with_the_way_out() -> None:
     ("sparse", "chunk", "expected"),
     [
         (None, None, (900, 100)),
-        (SparseSpec(threshold=32, cell=64, uniform=HeadBudget(8, 8)), None, (896, 104)),
-        (SparseSpec(threshold=32, cell=64, uniform=HeadBudget(8, 8)), DualChunkSpec(96, 16), (880, 80)),
+        (SparseSpec(threshold=32, cell=64, uniform=HeadBudget(8, 8)), None, (896, 64)),
+        (SparseSpec(threshold=32, cell=64, uniform=HeadBudget(8, 8)), DualChunkSpec(96, 16), (896, 64)),
         (SparseSpec(threshold=2000, cell=64, uniform=HeadBudget(8, 8)), None, (900, 100)),
     ],
 )
