@@ -23,10 +23,10 @@ import torch
 from protos.model.files import is_gguf
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
+from workers.kernels.upload import Uploads
 from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
 from workers.model.quantized import Into, MatrixSource, Region, load_experts, load_matrix
-from workers.model.upload import Uploads
 from workers.quant.packed import Experts
 from workers.quant.weight import Weight
 

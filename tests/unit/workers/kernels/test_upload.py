@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from workers.model.upload import Uploads
+from workers.kernels.upload import Uploads
 
 
 class Events:
