@@ -1,5 +1,7 @@
 """Memory of a shard beside its weights: KV pages, and scratch of a step of the largest size.
 
+GPUs have an account of their own (`gpu_memory`), which a rehearsed step corrects where there was one.
+
 Legend: `T` tokens of the largest step, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim,
 `k` experts a token uses, `I` their intermediate size.
 """
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
+from cluster.config.gpu_memory import WIDTH, gpu_scratch_bytes, rehearsed_scratch_bytes
 from cluster.config.topology import kv_bytes_per_token, product_params, shard_weight_bytes, table_params
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec
@@ -88,6 +91,8 @@ def shard_scratch_bytes(deployment: Deployment, shard: ShardSpec) -> int:
     """Return an upper estimate of what one shard needs beside weights and KV in the largest step."""
     width, sequences = DTYPE_BYTES[compute_dtype(deployment)], deployment.config.prefill.max_num_seqs
     tokens = step_tokens(deployment)
+    if deployment.config.cluster.device == "cuda" and width == WIDTH:
+        return gpu_scratch_bytes(deployment.spec, shard, tokens, deployment.max_model_len, sequences)
     return scratch_bytes(deployment.spec, shard, tokens, sequences, width, deployment.max_model_len)
 
 
@@ -127,7 +132,7 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     """
     config = deployment.config
     prefill, kv = config.prefill, config.kv_cache
-    scratch = max(shard_scratch_bytes(deployment, shard) for shard in deployment.shards)
+    scratch = _scratch_of_all(deployment, loaded)
     # Weights that are mapped from the file count as available, but dropping them would mean reading them at each step.
     mapped = 0
     if config.cluster.device == "cpu":
@@ -150,3 +155,11 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
         f"{format_bytes(max(0, free))} an actor are left: {fits} tokens would fit: lower kv_cache.bytes, "
         "prefill.max_num_batched_tokens or model.max_model_len"
     )
+
+
+def _scratch_of_all(deployment: Deployment, loaded: Sequence[LoadProgress]) -> int:
+    """Return the bytes that the largest step needs on any shard: as rehearsed if all shards did, else estimated."""
+    rehearsed = [progress.rehearsed_bytes for progress in loaded]
+    if all(rehearsed):
+        return rehearsed_scratch_bytes(max(rehearsed))
+    return max(shard_scratch_bytes(deployment, shard) for shard in deployment.shards)

@@ -184,6 +184,7 @@ class LoadProgress:
     error: str = ""
     kernel_family: str = ""  # which kernels compute here: KV of another family differs in its last bits
     gpu: str = ""  # identifier of the GPU the shard computes on; empty: on a CPU
+    rehearsed_bytes: int = 0  # what the largest step took beside weights and pages; 0: none was rehearsed
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class ShardSpec(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., layers: _Optional[_Union[Span, _Mapping]] = ..., heads: _Optional[_Union[Span, _Mapping]] = ..., kv_heads: _Optional[_Union[Span, _Mapping]] = ..., experts: _Optional[_Union[Span, _Mapping]] = ..., intermediate: _Optional[_Union[Span, _Mapping]] = ..., vocab: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_timeout_s")
+    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_timeout_s", "largest_step", "max_model_len", "page_size", "kv_dtype")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,10 @@ class LoadRequest(_message.Message):
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     GROUP_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_STEP_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     model_spec_json: str
     shard: ShardSpec
@@ -56,10 +60,14 @@ class LoadRequest(_message.Message):
     load_format: str
     store_path: str
     group_timeout_s: float
-    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
+    largest_step: int
+    max_model_len: int
+    page_size: int
+    kv_dtype: str
+    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ..., largest_step: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
-    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family", "gpu")
+    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family", "gpu", "rehearsed_bytes")
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +76,7 @@ class LoadProgress(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    REHEARSED_BYTES_FIELD_NUMBER: _ClassVar[int]
     loaded_bytes: int
     total_bytes: int
     ready: bool
@@ -76,7 +85,8 @@ class LoadProgress(_message.Message):
     error: str
     kernel_family: str
     gpu: str
-    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ..., gpu: _Optional[str] = ...) -> None: ...
+    rehearsed_bytes: int
+    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ..., gpu: _Optional[str] = ..., rehearsed_bytes: _Optional[int] = ...) -> None: ...
 
 class StartRequest(_message.Message):
     __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace", "upstream_group", "downstream_group")

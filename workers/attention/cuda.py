@@ -13,8 +13,6 @@ Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim, `S` context lengt
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ import torch
 
 from workers.attention import flash, torch_backend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
-from workers.kernels.device import moved
+from workers.kernels.device import moved, runs_triton
 from workers.kernels.triton.lists import TILES, CellLists, Rows, cell_lists, choose_tiles, most_blocks
 from workers.kv.paged import LayerKV, PageTable
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 MIN_ROWS = 64  # staging moves about three times the bytes of the context: fewer rows read it in place
 _DIMS = (64, 128)
 _CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-_AMPERE = (8, 0)  # compute capability
 _COLUMN_BYTES = 1 << 30  # for the gathered columns of the heads that run together, and for their entries
 _ENTRY_BYTES = 512 << 20
 _TILE_RATES = dict(zip(TILES, (10, 7), strict=True))  # pairs in the same time by rows of a tile; assumed, not measured
@@ -215,15 +212,4 @@ def executed_plan(plan: AttentionPlan, tiles: Sequence[int] = TILES) -> Attentio
 
 
 def _takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and dim in _DIMS
-        and _has_triton()
-        and torch.cuda.get_device_capability(device) >= _AMPERE
-    )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return runs_triton(device) and dtype == torch.bfloat16 and dim in _DIMS

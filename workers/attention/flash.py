@@ -25,7 +25,7 @@ from workers.kernels.build import kernel_family
 
 _AMPERE = (8, 0)  # compute capability
 _MAX_DIM = 256
-_FOLDED_ROWS = 64  # on a CPU, `T * G` up to which the query heads of a group are folded into rows
+_FOLDED_ROWS = 64  # `T * G` up to which the query heads of a group are folded into rows
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def has_fast_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Return whether `flash` has a kernel for this type and dim that is made for the device, and not a general one."""
     if supports_flash_attn(device, dtype, dim):
         return True
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _cudnn_works(device, dtype, dim)
+    return device.type != "cpu" and dtype in (torch.float16, torch.bfloat16) and _cudnn_works(device, dtype, dim)
 
 
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -109,7 +109,8 @@ def _torch(
     assert not causal or rows == k.shape[1]
     kv_heads = k.shape[0]
     group = heads // kv_heads
-    if (causal and rows > 1) or (rows * group > _FOLDED_ROWS and q.device.type != "cuda"):
+    has_groups = q.device.type == "cpu" or q.dtype != torch.float32  # else keys are repeated for every query head
+    if (causal and rows > 1) or (rows * group > _FOLDED_ROWS and has_groups):
         out, lse = _operator(q.transpose(0, 1)[None], k[None], v[None], causal and rows > 1, scale)
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)
     folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)
@@ -152,8 +153,10 @@ def _cudnn(
 def _cudnn_works(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Return whether cuDNN computes a small case with two query heads a KV head, output and log-sum-exp, as expected.
 
-    Versions and GPUs differ in what they take.
+    Versions and GPUs differ in what they take. That of traced steps (`meta`) takes it.
     """
+    if device.type == "meta":
+        return True
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 64, dim, generator=generator).to(device, dtype) for heads in (4, 2, 2))
     try:

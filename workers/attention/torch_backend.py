@@ -19,11 +19,12 @@ import torch
 from workers.attention.flash import flash
 from workers.attention.plan import AttentionPlan, Queries, TileKeys
 from workers.kernels.blocking import row_blocks
+from workers.kernels.device import runs_triton
 from workers.kv.paged import LayerKV, PageTable, SlotRun
 
 FRAGMENT_TOKENS = 4096  # upper bound on the keys gathered or converted at once
 MIN_VIEW_TOKENS = 1024  # runs of this length and more are read in place; below, a copy costs less than a kernel call
-DENSE_ROWS = 4096  # upper bound on the rows of one kernel call, and so on its scratch memory
+DENSE_ROWS = 4096  # upper bound on the rows of one kernel call on a CPU, and so on its scratch memory
 
 
 def attend(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,9 @@ def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
 
 def attend_dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
     """Compute attention `[T, H, D]` of rows over all keys up to their own; `scale` is the factor on their logits."""
+    if runs_triton(q.intra.device):
+        whole = list(_partial_results(q, kv, table, plan, scale, 0, plan.length))
+        return _merge_on_device(whole).to(q.intra.dtype)
     outputs = []  # of the rows, in order
     for row in range(0, plan.length, DENSE_ROWS):
         parts = _partial_results(q, kv, table, plan, scale, row, min(row + DENSE_ROWS, plan.length))
@@ -76,6 +80,16 @@ def _merge(
     for rows in row_blocks(out):
         merged[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), weight[rows])
     return merged, torch.logaddexp(lse, new[1])
+
+
+def _merge_on_device(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Weight results by their sums of exponentials, those of a context in one run of slots in one launch."""
+    from workers.kernels.triton.merge import MOST_PARTS, merge_parts
+
+    while len(parts) > MOST_PARTS:
+        parts[:2] = [_merge(*parts[:2])]
+    dtype = parts[0][0].dtype
+    return parts[0][0] if len(parts) == 1 else merge_parts([(out.to(dtype), lse) for out, lse in parts])
 
 
 def _sparse(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:

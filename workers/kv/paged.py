@@ -131,8 +131,19 @@ class PagedKV:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (2, layers, kv_heads, num_pages * page_size)
-        self._data = _allocate(shape, head_dim, dtype, torch.device(device))
-        self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype in _LARGEST else None
+        try:
+            self._data = _allocate(shape, head_dim, dtype, torch.device(device))
+            self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype in _LARGEST else None
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"kv_cache: {num_pages} pages of {page_size} tokens do not fit on {device}: lower kv_cache.bytes or "
+                "kv_cache.fraction"
+            ) from error
+
+    @property
+    def num_layers(self) -> int:
+        """The layers of the shard."""
+        return int(self._data.shape[1])
 
     def layer(self, index: int) -> LayerKV:
         """Return the cache of a layer; `index` counts within the shard."""

@@ -109,12 +109,12 @@ class Decoder:
         eps, delta = self.spec.rms_norm_eps, None
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             x, normed = add_rms_norm(x, delta, weights.input_norm, eps)
+            delta = None  # its memory is that of x now, and given back with it
             x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
             delta = self._mlp(normed, layer, weights)
             self._layers_done += 1
         if isinstance(sparse, DevicePrefill):
-            self.settle()
-            log.cells += sparse.reports()
+            log.on_device = sparse.reports
         return x if delta is None else delta.add_(x)
 
     def _sparse(self, ready: Ready, dtype: torch.dtype, log: CellLog) -> SparsePrefill | DevicePrefill | None:

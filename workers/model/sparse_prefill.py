@@ -6,6 +6,7 @@ Legend: `T` rows, `H` query heads and `K` KV heads of the shard, `D` head dim.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,10 +24,18 @@ from workers.sparse.vertical_slash import CellChoice, CellQueries, choose, estim
 
 @dataclass(slots=True)
 class CellLog:
-    """The reports of the sparse cells of a step, over all layers of the shard."""
+    """The reports of the sparse cells of a step, over all layers of the shard.
+
+    Those of a device are read from it by `read`, which waits for it.
+    """
 
     cells: list[CellReport] = field(default_factory=list)
     seconds: float = 0.0  # spent on estimating and selecting
+    on_device: Callable[[], list[CellReport]] | None = None
+
+    def read(self) -> tuple[CellReport, ...]:
+        """Return all reports."""
+        return (*self.cells, *(self.on_device() if self.on_device is not None else ()))
 
 
 class SparsePrefill:

@@ -23,6 +23,7 @@ import torch
 from protos.model.files import is_gguf
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
+from workers.kernels.upload import Uploads
 from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
 from workers.model.quantized import Into, MatrixSource, Region, load_experts, load_matrix
@@ -331,6 +332,8 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _S
     def opened(file: str) -> Any:
         return stack.enter_context(safe_open(checkpoint.model_dir / file, framework="pt", device="cpu"))
 
+    uploads = Uploads(_CHUNK_BYTES)
+
     def fill(target: torch.Tensor, piece: _Piece) -> None:
         stored = checkpoint.tensors[piece.name]
         view = opened(stored.file).get_slice(stored.name)
@@ -342,11 +345,10 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _S
             if piece.columns is None:
                 source = view[part]
             else:
-                columns = slice(*piece.columns)
-                region = (columns, part) if stored.transposed else (part, columns)
+                region = (part, slice(*piece.columns))[:: -1 if stored.transposed else 1]
                 source = view[region] if stored.expert is None else view[(stored.expert, *region)]
                 source = source.T if stored.transposed else source
-            rows.copy_(source)
+            uploads.copy(rows, source)
 
     if spec.quant is None:
         return _Source(fill)
@@ -381,7 +383,7 @@ def _random(spec: ModelSpec, seed: int) -> _Fill:
     shapes = {one.name: (one.rows.size, (one.columns or Span(0, 1)).size) for plan in plans for one in plan.pieces}
 
     def fill(target: torch.Tensor, piece: _Piece) -> None:
-        if piece.name.endswith("norm.weight"):
+        if piece.name.endswith("norm.weight") or target.is_meta:  # which has a shape alone
             target.fill_(1.0)
             return
         full_rows, full_columns = shapes[piece.name]

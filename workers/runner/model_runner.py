@@ -120,16 +120,22 @@ class ModelRunner:
             PlanMismatch: token ids are missing.
             RuntimeError: logits are not finite, or a member of the stage is gone.
         """
+        log = CellLog()
+        out = self._compute(prepared, hidden, keep_logits, log)
+        # what the device has to say of sparse cells is read last, when it has computed everything
+        return replace(out, cells=log.read(), estimate_us=round(log.seconds * 1e6))
+
+    def _compute(
+        self, prepared: PreparedStep, hidden: torch.Tensor | None, keep_logits: bool, log: CellLog
+    ) -> StepOutput:
         plan, batch = prepared.plan, prepared.layers.batch
         if self.shard.is_first:
             hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
         assert hidden is not None, "a later stage needs activations"
-        log = CellLog()
         hidden = self.decoder.layers(hidden, prepared.layers, log)
-        reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
-            return replace(reports, hidden=hidden)
-        reports = replace(reports, targets=self._score(plan, hidden))
+            return StepOutput(hidden=hidden)
+        reports = StepOutput(targets=self._score(plan, hidden))
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])

@@ -20,7 +20,7 @@ import torch
 
 from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Queries
-from workers.kernels.device import moved
+from workers.kernels.device import moved, processors
 from workers.kernels.triton.lists import TILES, CellLists
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape, to_device
 from workers.sparse.selection import (
@@ -292,8 +292,9 @@ class StepSelection:
                 intervals[at, index, : len(one.offsets)] = one.offsets + np.array([0, 1])
                 listed[at, index, : len(one.columns)] = one.columns
                 totals[:, at, index] = len(one.columns), np.diff(one.offsets, axis=1).sum() + len(one.offsets)
-        on_device = (moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals))
-        device_intervals, indices, num_columns, num_offsets = on_device
+        device_intervals, indices, num_columns, num_offsets = (
+            moved(torch.from_numpy(one), self._device) for one in (intervals, listed, *totals)
+        )
         by_offset = _interval_words(device_intervals, words)
         is_set = torch.arange(SYNTHETIC_COLUMNS, device=indices.device) < num_columns[..., None]
         bits = torch.where(is_set, 1 << (indices % 32), 0).int()
@@ -369,6 +370,4 @@ def _room(spec: SparseSpec, plan: AttentionPlan, group: int) -> int:
 
 def _programs(device: torch.device | str) -> int:
     """Return how many programs of the second pass run at once."""
-    if torch.device(device).type != "cuda":
-        return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * processors(torch.device(device))

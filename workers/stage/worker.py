@@ -31,6 +31,7 @@ from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.runner.paced import PacedRunner, read_pace
+from workers.runner.rehearsal import StepSize, rehearse
 from workers.stage.gpu import gpu_id, use_gpu
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
@@ -126,11 +127,30 @@ class StageWorker:
             self._meeting(request.store_path), self._shard.rank, self._shard.num_ranks, self._device,
             self._meeting_s,
         )  # fmt: skip
+        rehearsed = self._rehearse(request)
         total = self._weights.num_bytes
         family = compute_family(self._device, self._dtype, self._spec.head_dim)
         return LoadProgress(
-            total, total, True, growth, self._available_bytes(), kernel_family=family, gpu=gpu_id(self._device)
+            total, total, True, growth, self._available_bytes(), kernel_family=family, gpu=gpu_id(self._device),
+            rehearsed_bytes=rehearsed,
         )  # fmt: skip
+
+    def _rehearse(self, request: pb.LoadRequest) -> int:
+        """Return what the largest step takes of a GPU's memory; 0 where none is asked for. Raises ValueError."""
+        if not request.largest_step or self._device.type != "cuda":
+            return 0
+        assert self._weights is not None
+        spec, shard, weights = self._spec, self._shard, self._weights
+        dtype = KV_DTYPES[request.kv_dtype] if request.kv_dtype else self._dtype
+        kv = PagedKV(
+            shard.layers.size, shard.kv_heads.size, spec.head_dim, 1, request.page_size, dtype, self._device
+        )  # fmt: skip
+        size = StepSize(request.largest_step, request.max_model_len, request.page_size)
+
+        def make_runner(kv: PagedKV) -> ModelRunner:
+            return ModelRunner(spec, shard, weights, kv, self._collectives, self._device)
+
+        return rehearse(make_runner, kv, spec, size, torch.cuda)
 
     def start(self, request: pb.StartRequest) -> None:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from workers.kernels.device import capability
 from workers.kernels.triton.staging import Columns, Staged
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -31,10 +32,10 @@ class Target(NamedTuple):
     @staticmethod
     def of(device: torch.device) -> Target:
         """Return that of a GPU; of other devices that of the interpreter, which multiplies no bfloat16."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return Target(False, tl.float32, torch.float32)
-        capability = torch.cuda.get_device_capability(device)
-        return Target(capability >= (9, 0), tl.bfloat16, torch.bfloat16, capability)
+        found = capability(device)
+        return Target(found >= (9, 0), tl.bfloat16, torch.bfloat16, found)
 
     def sides(self, rows: Staged | Columns, keys: int) -> tuple[Any, Any]:
         """Return keys and values as kernels take them that load blocks of so many rows."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from workers.attention.plan import Rotation
+from workers.kernels.device import processors
 from workers.kv.paged import LayerKV, PagedKV, PlanMismatch
 from workers.model.batch import Batch, Piece
 
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from workers.model.rope import Rotations
 
 _ORDER = (Rotation.INTRA, Rotation.SUCC, Rotation.INTER)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def _rows_of(pieces: tuple[Piece, ...], kv: PagedKV, distance: int, device: torc
         scales=torch.cat([piece.scales for piece in pieces]).to(device),
         page_size=kv.page_size,
         distance=distance,
-        splits=count_splits(len(pieces), kv.layer(0).keys.shape[0], _processors(device), max(lengths)),
+        splits=count_splits(len(pieces), kv.layer(0).keys.shape[0], processors(device), max(lengths)),
     )
 
 

@@ -160,7 +160,7 @@ def test_kv_of_these_kernels_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert cuda.compute_family(gpu, torch.float32, 128) == "cuda-9.0"
     monkeypatch.setattr(cuda, "_TILE_RATES", {128: 3, 64: 2})
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton-3-2", "other tiles, other pairs"
-    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    monkeypatch.setattr("workers.kernels.device.has_triton", lambda: False)
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0"
     assert cuda.compute_family(CPU, torch.bfloat16, 128) == flash.compute_family(CPU, torch.bfloat16, 128)
 

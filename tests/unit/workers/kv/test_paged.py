@@ -196,3 +196,14 @@ def test_the_first_slots_of_every_head_are_committed(dtype: torch.dtype, monkeyp
     committed.clear()
     kv.commit(1000)
     assert {len(rows) for rows in committed} == {9}
+
+
+def test_a_cache_that_does_not_fit_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 TiB")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(
+        ValueError, match=r"^kv_cache: 7 pages of 16 tokens do not fit on cuda:0: lower [^\n]*fraction$"
+    ):
+        PagedKV(2, 2, 16, 7, 16, torch.bfloat16, "cuda:0")

@@ -15,6 +15,7 @@ from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, Sp
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan, StepResult
+from workers.runner.rehearsal import StepSize
 from workers.stage import worker as stage_worker
 from workers.stage.worker import StageWorker
 
@@ -82,6 +83,26 @@ def test_the_kernels_of_the_type_and_head_dim_are_named(tmp_path: Path, monkeypa
     worker = StageWorker("", 1, 10.0)
     assert worker.load(request, lambda progress: None).kernel_family == "kernels"
     assert asked == [(torch.device("cpu"), torch.bfloat16, SPEC.head_dim)]
+    worker.close()
+
+
+def test_the_largest_step_is_rehearsed_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def rehearse(make_runner: object, kv: object, spec: ModelSpec, size: StepSize, memory: object) -> int:
+        asked.append((kv, spec, size, memory))
+        return 123
+
+    monkeypatch.setattr(stage_worker, "rehearse", rehearse)
+    monkeypatch.setattr(stage_worker, "PagedKV", lambda *given: given)
+    worker, gpu = loaded(tmp_path), torch.device("cuda", 0)
+    request = pb.LoadRequest(largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="int8")
+    assert worker._rehearse(request) == 0
+    monkeypatch.setattr(worker, "_device", gpu)
+    assert worker._rehearse(pb.LoadRequest()) == 0, "not asked for"
+    assert worker._rehearse(request) == 123
+    kv = (LAYERS, 2, 16, 1, PAGE, torch.int8, gpu)
+    assert asked == [(kv, SPEC, StepSize(64, 500, PAGE), torch.cuda)]
     worker.close()
 
 

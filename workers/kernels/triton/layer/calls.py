@@ -8,38 +8,27 @@ Legend: `T` tokens, `M` hidden size, `I` intermediate, `E` experts of the model,
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 
 import torch
 
+from workers.kernels.device import capability, runs_triton
 from workers.kernels.triton import PROVEN_ON
 
 _log = logging.getLogger(__name__)
-_AMPERE = (8, 0)  # compute capability
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def supports(device: torch.device) -> bool:
     """Return whether the kernels run on a device."""
-    return device.type == "cuda" and _has_triton() and _capability(device) >= _AMPERE
+    return runs_triton(device)
 
 
 @functools.cache
 def warn_unproven(device: torch.device) -> None:
     """Say once in the log that the kernels were never run on such a device."""
-    name = ".".join(map(str, _capability(device)))
+    name = ".".join(map(str, capability(device)))
     if name not in PROVEN_ON:
         _log.warning("kernels of Triton were never run on compute capability %s: pytest tests/gpu checks them", name)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Return that of a GPU; of a CPU, where kernels are interpreted, that of the oldest GPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _AMPERE
 
 
 def add_rms_norm(
@@ -72,7 +61,7 @@ def run_experts(
     """Compute the weighted sum of experts `first` on `[T, M]`, without waiting for the device."""
     from workers.kernels.triton.layer import experts as products
 
-    return products.run_experts(x, experts, weights, gate_up, down, first, _capability(x.device))
+    return products.run_experts(x, experts, weights, gate_up, down, first, capability(x.device))
 
 
 def choose_greedily(logits: torch.Tensor) -> tuple[list[int], list[bool]]:

@@ -136,12 +136,13 @@ def make_lists(
     room, map_words = (tables.width + tile) // lists.BLOCK + run_room + 1, (tables.width + tile) // 32 + 1
     column_room = columns.indices.shape[2]
 
-    def zeros(*sizes: int) -> torch.Tensor:
-        return torch.zeros((num_cells, heads, *sizes), dtype=torch.int32, device=offsets.words.device)
-
-    blocks, counts, bitmap = zeros(room), zeros(room), zeros(map_words)
-    nears, fars, ends = zeros(run_room), zeros(run_room), zeros(run_room)
-    num_blocks, num_columns = zeros(), zeros()
+    sizes, rows = (room, room, map_words, run_room, run_room, run_room, 1, 1), num_cells * heads
+    filled = torch.zeros(rows * sum(sizes), dtype=torch.int32, device=offsets.words.device)  # in one launch
+    parts = filled.split([rows * size for size in sizes])
+    blocks, counts, bitmap, nears, fars, ends, *numbers = (
+        part.view(num_cells, heads, size) for part, size in zip(parts, sizes, strict=True)
+    )
+    num_blocks, num_columns = (number[..., 0] for number in numbers)
     lists_kernel[(num_cells * heads,)](
         bitmap, blocks, counts, num_blocks, num_columns, nears, fars, ends, offsets.words, offsets.totals,
         columns.totals, dense, tables.cells, num_words, map_words, room, run_room, column_room,

@@ -244,7 +244,7 @@ def estimate(
 
 def dot_type(keys: torch.Tensor) -> tl.dtype:
     """Return the type that operands of products have: float32 where kernels are interpreted."""
-    return tl.bfloat16 if keys.is_cuda and keys.dtype == torch.bfloat16 else tl.float32
+    return tl.bfloat16 if not keys.is_cpu and keys.dtype == torch.bfloat16 else tl.float32
 
 
 def shared_heads(wanted: int, heads: int, group: int, chunks: int) -> tuple[int, int]:

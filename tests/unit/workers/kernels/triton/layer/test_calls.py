@@ -21,7 +21,7 @@ def test_cpus_are_not_supported_and_gpus_only_with_triton(monkeypatch: pytest.Mo
     capability = (7, 5)
     assert not calls.supports(torch.device("cuda", 0))
     capability = (9, 0)
-    monkeypatch.setattr(calls, "_has_triton", lambda: False)
+    monkeypatch.setattr("workers.kernels.device.has_triton", lambda: False)
     assert not calls.supports(torch.device("cuda", 0))
 
 
