@@ -82,6 +82,7 @@ class ModelRunner:
             return
         rows = min(capacity, MOST_ROWS)
         try:
+            self._device_tables.reserve(capacity)  # they must not move when a step has more rows than graphs
             made = recorder or CudaRecorder(self.device)
             graphs = DecodeGraphs(self.decoder, self._kv, self._device_tables, rows, self.device, made)
             graphs.capture()

@@ -51,7 +51,8 @@ class DecodeInputs:
         self._spec, self._kv, self._tables = spec, kv, tables
         self._slots = tables.slots  # as they lie in memory while graphs are captured
         on_gpu = device.type == "cuda"
-        self._host = torch.zeros(len(_Fields._fields), capacity, dtype=torch.int32, pin_memory=on_gpu)
+        room = -(-capacity // 4) * 4  # so that Triton finds every field aligned
+        self._host = torch.zeros(len(_Fields._fields), room, dtype=torch.int32, pin_memory=on_gpu)
         self._there = torch.zeros_like(self._host, device=device)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._known = _Fields.of(self._there)
