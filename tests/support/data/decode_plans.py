@@ -13,17 +13,17 @@ ORDERS = (  # the sequences of each step, in the order of its rows: 1, 2, 3, 5 a
     (1,), (1, 2), (2, 1), (1, 2, 3), (5, 1, 4, 2, 3), (4, 3, 2, 1, 5), tuple(range(1, 18)), (17, 2, 9), (2, 9, 17),
     (18, 2), (2, 18, 19), (19,), (19, 20, 18, 21, 2),
 )  # fmt: skip
-LAST = {sequence: max(step for step, order in enumerate(ORDERS) if sequence in order) for sequence in range(1, 22)}
 
 
 @dataclass
 class DecodePlans:
-    """Makes the plans of `ORDERS`; `prompt` are the tokens of sequence 1 that one step reads before."""
+    """Makes plans of one row for each sequence; `prompt` are the tokens of sequence 1 that one step reads before."""
 
     page: int
     pages: int
     vocab: int
     prompt: int = 0
+    orders: Sequence[tuple[int, ...]] = ORDERS
     _tables: dict[int, list[int]] = field(default_factory=dict)
     _starts: dict[int, int] = field(default_factory=dict)
 
@@ -34,10 +34,11 @@ class DecodePlans:
         self._ids = random.integers(3, self.vocab, (22, 64)).tolist()
         plans = [StepPlan(1, (self._slice(1, self.prompt, False),))] if self.prompt else []
         gone: tuple[int, ...] = ()
-        for step, order in enumerate(ORDERS):
+        last = {sequence: step for step, order in enumerate(self.orders) for sequence in order}
+        for step, order in enumerate(self.orders):
             parts = tuple(self._slice(sequence, 1, (sequence + step) % 5 != 0) for sequence in order)
             plans.append(StepPlan(len(plans) + 1, parts, gone))
-            gone = tuple(sequence for sequence in self._tables if LAST[sequence] == step)
+            gone = tuple(sequence for sequence in self._tables if last[sequence] == step)
             for sequence in gone:
                 self._free = [*self._tables.pop(sequence), *self._free]
         return plans
