@@ -35,8 +35,8 @@ class _Fields(NamedTuple):
 
     @staticmethod
     def of(whole: torch.Tensor) -> _Fields:
-        *numbers, scales = whole
-        return _Fields(*numbers, scales.view(torch.float32))
+        tokens, positions, lengths, slots, places, scales = whole
+        return _Fields(tokens, positions, lengths, slots, places, scales.view(torch.float32))
 
 
 class DecodeInputs:

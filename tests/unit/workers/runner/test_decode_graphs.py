@@ -209,3 +209,26 @@ def test_row_counts() -> None:
     assert row_counts(16) == [16, 8, 4, 2, 1]
     assert row_counts(17) == [17, 16, 8, 4, 2, 1]
     assert row_counts(31) == [31, 16, 8, 4, 2, 1]
+
+
+def test_the_stand_in_is_as_strict_as_a_graph() -> None:
+    x, out, factor = torch.ones(4), torch.zeros(4), [3.0]
+    for work in (lambda: float(x.sum()), x.tolist, lambda: x + torch.tensor([1.0]), lambda: x if x.any() else None):
+        with pytest.raises(AssertionError, match="host"):
+            ReplayedOnCPU().capture(work)  # type: ignore[arg-type]
+    kept: list[torch.Tensor] = []
+
+    def work_once() -> None:
+        kept.append(x * factor[0])
+        out.copy_(kept[-1])
+
+    recorder = ReplayedOnCPU()
+    replay = recorder.capture(work_once)
+    assert set(recorder.recordings[0].read) == {each.untyped_storage().data_ptr() for each in (x, out)}
+    x.fill_(5)
+    factor[0] = 100.0
+    replay()
+    assert out.tolist() == [15.0] * 4, "numbers are those of the capture, memory is as it is now"
+    recorder.recordings[0].calls.clear()
+    replay()
+    assert kept[1].isnan().all(), "nothing is left of an earlier run"
