@@ -12,7 +12,7 @@ import torch
 from protos.model.config_json import load_model_spec
 from protos.model.spec import DualChunkSpec, ModelSpec
 from protos.stage.messages import StepPlan
-from tests.support.data.decode_plans import ORDERS, DecodePlans
+from tests.support.decode_plans import ORDERS, DecodePlans
 from tests.support.paths import NEEDLE
 from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, whole_model

@@ -11,7 +11,7 @@ import torch
 from protos.model.config_json import load_model_spec
 from protos.model.spec import DualChunkSpec, ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
-from tests.support.data.decode_plans import ORDERS, DecodePlans
+from tests.support.decode_plans import ORDERS, DecodePlans
 from tests.support.paths import NEEDLE
 from tests.support.replayed import ReplayedOnCPU
 from workers.attention import compiled as compiled_attention
