@@ -150,7 +150,7 @@ def test_two_stages_and_tokens_that_come_back(kernels: None) -> None:
         for start in range(6):
             parts = tuple(
                 SequenceSlice(
-                    sequence, start, 1, 3, () if start else (7 * sequence,), [sequence + start] if start % PAGE == 0
+                    sequence, start, 1, 3, () if start else (sequence,), [sequence + start] if start % PAGE == 0
                     else [], start // PAGE + 1, SampleSpec(SamplingParams(), start),
                 )
                 for sequence in (10, 20, 30)
