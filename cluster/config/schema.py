@@ -89,6 +89,7 @@ class ClusterSection(Section):
     expert_parallel_size: int = Field(default=1, ge=1)
     stage_layers: list[int] | None = Field(default=None, description="must be a list of layer counts, by stage")
     device: Literal["cpu", "cuda"] = "cpu"
+    cuda_graphs: bool = True
     threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
     cpus_per_actor: float | None = Field(default=None, gt=0, le=1024)
     network_interface: str | None = Field(

@@ -293,7 +293,9 @@ class Launcher:
     def _connect(self, num_pages: int, new: Collection[ShardSpec]) -> None:
         """Start the shards `new` and link the others with them; all at once, since those of a stage meet."""
         self._on_status(LaunchStatus("connecting stages"))
-        page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
+        config = self._deployment.config
+        page_size, dtype = config.kv_cache.page_size, kv_dtype(self._deployment)
+        graph_rows = config.prefill.max_num_seqs if config.cluster.cuda_graphs else 0
         assert self._run_dir is not None
         run_dir = self._run_dir.path
         kv_store_path = str(self._deployment.kv_store_path or "")
@@ -303,8 +305,8 @@ class Launcher:
             request = pb.StartRequest(
                 num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
                 epoch=self._epoch, store_path=self._meeting(handle.shard),
-                kv_block_tokens=self._deployment.config.kv_store.block_tokens,
-                trace=self._deployment.config.cluster.trace_steps, **links,
+                kv_block_tokens=config.kv_store.block_tokens, trace=config.cluster.trace_steps,
+                graph_rows=graph_rows, **links,
             )  # fmt: skip
             is_new = handle.shard in new
             (handle.start if is_new else handle.relink)(request, _START_TIMEOUT_S)

@@ -89,7 +89,7 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ..., gpu: _Optional[str] = ..., rehearsed_bytes: _Optional[int] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace", "upstream_group", "downstream_group")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace", "upstream_group", "downstream_group", "graph_rows")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class StartRequest(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_GROUP_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_GROUP_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_ROWS_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     kv_dtype: str
@@ -116,7 +117,8 @@ class StartRequest(_message.Message):
     trace: bool
     upstream_group: str
     downstream_group: str
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ..., trace: _Optional[bool] = ..., upstream_group: _Optional[str] = ..., downstream_group: _Optional[str] = ...) -> None: ...
+    graph_rows: int
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ..., trace: _Optional[bool] = ..., upstream_group: _Optional[str] = ..., downstream_group: _Optional[str] = ..., graph_rows: _Optional[int] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()

@@ -71,6 +71,7 @@ class SequenceFeed:
         """Compute the next rows; returns the float32 logits `[len(ids), V]` after each of them."""
         prepared = self._runner.prepare(self._plan(ids, len(ids), False))
         assert prepared is not None, "a plan with a slice"
+        assert prepared.layers is not None, "no graphs were captured"
         decoder = self._runner.decoder
         hidden = decoder.embed(torch.tensor(list(ids), device=self._runner.device))
         return decoder.logits(decoder.layers(hidden, prepared.layers)).cpu()

@@ -96,8 +96,8 @@ class PageTables(dict[int, PageTable]):
         )
 
 
-def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) -> torch.Tensor:
-    """Return the input of the first stage, `[T]` int64.
+def token_ids(plan: StepPlan, sampled: Mapping[int, int]) -> list[int]:
+    """Return the input of the first stage, an id for each row.
 
     Args:
         sampled: the newest token of sequences whose plans come before their tokens.
@@ -113,7 +113,7 @@ def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) 
         if len(tokens) != part.length:
             raise PlanMismatch(f"sequence {part.sequence}: {len(tokens)} ids for {part.length} rows")
         ids.extend(tokens)
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    return ids
 
 
 def _positions(plan: StepPlan) -> torch.Tensor:

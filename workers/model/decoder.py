@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from workers.model.batch import Batch, Piece
 from workers.model.device import step as device_step
 from workers.model.device.prefill import DevicePrefill
 from workers.model.device.step import DeviceStep
+from workers.model.device.tables import DeviceTables
 from workers.model.fused import FusedCall, FusedLayers
-from workers.model.layers import add_rms_norm, gated_mlp, linear, rms_norm
+from workers.model.layers import add_rms_norm, gated_mlp, linear
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
@@ -34,6 +36,9 @@ from workers.model.weights import LayerWeights, ShardWeights
 from workers.quant.packed import look_up
 from workers.sparse.cuda import HeadBudgets
 from workers.transport.collectives import Collectives
+
+if TYPE_CHECKING:
+    from workers.kernels.triton.layer.decode import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.shard = shard
+        self.dtype = weights.layers[0].input_norm.dtype  # of the activations too
         self._weights = weights
         self._collectives = collectives
         self._rotary = Rotary(spec.rope, spec.head_dim, device, spec.dual_chunk)
@@ -76,6 +82,16 @@ class Decoder:
         """The number of layers computed so far; it grows while a step runs, unlike in a step that hangs."""
         return self._layers_done + (self._fused.layers_done if self._fused else 0)
 
+    def count_replay(self) -> None:
+        """Count the layers of a step that was computed as a captured graph."""
+        self._layers_done += len(self._weights.layers)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether steps that decode need nothing but the device: no other shard, and no host that reads results."""
+        experts = [each for layer in self._weights.layers for each in (layer.experts_gate_up, layer.experts_down)]
+        return self._collectives.size == 1 and all(each is None or isinstance(each, torch.Tensor) for each in experts)
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embed token ids `[T]` as `[T, M]`; each shard looks up its rows of the vocabulary, and the sum is exact."""
         table = self._weights.embed
@@ -87,8 +103,11 @@ class Decoder:
         rows = look_up(table, torch.where(own, local, 0))
         return self._collectives.all_reduce(rows * own[:, None].to(rows.dtype))
 
-    def prepare(self, batch: Batch, kv: PagedKV) -> Ready:
+    def prepare(self, batch: Batch, kv: PagedKV, tables: DeviceTables | None = None) -> Ready:
         """Do the part of `layers` that needs no activations; keys and values will go to `kv`.
+
+        Args:
+            tables: those of sequences that decode, where Triton's kernels run.
 
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
@@ -96,9 +115,19 @@ class Decoder:
         rotations = self._rotary.rotations(batch.positions, batch.regions)
         fused = self._fused if self._fused is not None and self._fused.supports_step(batch, kv) else None
         call = fused.prepare(batch, kv, rotations) if fused else None
-        on_device = calls.supports(batch.positions.device)
-        distance = self.spec.chunk_distance
-        return Ready(batch, kv, rotations, call, DeviceStep.of(batch, kv, rotations, distance) if on_device else None)
+        if tables is None:
+            return Ready(batch, kv, rotations, call)
+        return Ready(batch, kv, rotations, call, DeviceStep.of(batch, kv, rotations, self.spec.chunk_distance, tables))
+
+    def prepare_rows(self, positions: torch.Tensor, slots: torch.Tensor, rows: Rows, kv: PagedKV) -> Ready:
+        """Do the same for rows that decode without reading or copying anything on the host, so it can be captured.
+
+        Args:
+            positions, slots: `[B]` int32 of each row and its key.
+        """
+        rotations = self._rotary.rotations(positions, tuple(Rotation) if self.spec.dual_chunk else (Rotation.INTRA,))
+        batch = Batch(positions, (), (), positions[:0])
+        return Ready(batch, kv, rotations, None, DeviceStep.of_rows(slots, rows, rotations))
 
     def layers(self, x: torch.Tensor, ready: Ready, log: CellLog | None = None) -> torch.Tensor:
         """Run this shard's layers on `x` `[T, M]` of the step prepared last; reports of sparse cells go to `log`."""
@@ -111,7 +140,7 @@ class Decoder:
             x, normed = add_rms_norm(x, delta, weights.input_norm, eps)
             delta = None  # its memory is that of x now, and given back with it
             x, normed = add_rms_norm(x, self._attention(normed, index, weights, ready, sparse), weights.post_norm, eps)
-            delta = self._mlp(normed, layer, weights)
+            delta = self._mlp(normed, layer, weights, None if ready.device is None else ready.device.idle)
             self._layers_done += 1
         if isinstance(sparse, DevicePrefill):
             log.on_device = sparse.reports
@@ -133,7 +162,7 @@ class Decoder:
         norm, head = self._weights.norm, self._weights.lm_head
         assert norm is not None, "only the last stage has the output head"
         assert head is not None, "only the last stage has the output head"
-        local = linear(rms_norm(x, norm, self.spec.rms_norm_eps), head).float()
+        local = linear(add_rms_norm(x, None, norm, self.spec.rms_norm_eps)[1], head).float()
         size = self._collectives.size
         if size == 1:
             return local
@@ -208,13 +237,15 @@ class Decoder:
         norm_and_rotate_(qk, rotations[Rotation.INTRA], norm, self.spec.rms_norm_eps, rotated)
         return Queries(q, copies.get(Rotation.SUCC), copies.get(Rotation.INTER))
 
-    def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights, idle: torch.Tensor | None) -> torch.Tensor:
         spec = self.spec
         if spec.is_moe_layer(layer):
             assert weights.router is not None
             assert weights.experts_gate_up is not None
             assert weights.experts_down is not None
             experts, scores = route(x, weights.router, spec.num_experts_per_tok, spec.norm_topk_prob)
+            if idle is not None:  # whose experts nobody reads then
+                experts = experts.masked_fill(idle, -1)
             if self.on_experts is not None:
                 self.on_experts(layer, experts)
             out = run_experts(

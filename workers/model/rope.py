@@ -126,7 +126,7 @@ class Rotary:
         if Rotation.SUCC in regions:
             rotations[Rotation.SUCC] = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size))
         if Rotation.INTER in regions:
-            constant = self.cos_sin(positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)]))
+            constant = self.cos_sin(positions.new_full((1,), min(2 * dual.distance - 1, dual.chunk_size)))
             rotations[Rotation.INTER] = CosSin(*(table.expand(len(positions), -1, -1) for table in constant))
         return rotations
 
@@ -138,11 +138,14 @@ class Rotary:
         return {rotation: self.cos_sin(within + shift) for rotation, shift in shifts.items()}
 
 
-def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: DualChunkSpec | None) -> torch.Tensor:
+def row_scales(
+    positions: torch.Tensor, length: int | torch.Tensor, head_dim: int, dual_chunk: DualChunkSpec | None
+) -> torch.Tensor:
     """Return the logit factors of rows at `positions` `[T]`, float32: `D ** -0.5`, times DCA's length scale squared.
 
-    `length` is that of the prompt; rows after it are scaled by their own position. So the factor depends on prompt
-    length and position only, and a token that is computed again gets the same one.
+    `length` is that of the prompt, or `[T]` those of the prompts of the rows; rows after it are scaled by their own
+    position. So the factor depends on prompt length and position only, and a token that is computed again gets the same
+    one.
     """
     original = dual_chunk.original_max_position_embeddings if dual_chunk else 0
     base = head_dim**-0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,14 +11,19 @@ import torch
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, StepPlan
+from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV
 from workers.model.batch import PageTables, token_ids
 from workers.model.decoder import Decoder, Ready
+from workers.model.device.tables import DeviceTables
 from workers.model.sparse_prefill import CellLog
 from workers.model.weights import ShardWeights
+from workers.runner.cuda_recorder import CudaRecorder
+from workers.runner.decode_graphs import MOST_ROWS, DecodeGraphs, GraphStep, Recorder
 from workers.runner.sampler import Sampler, score
 from workers.transport.collectives import Collectives
 
+_log = logging.getLogger(__name__)
 _SCORED_ROWS = 64  # whose logits are in memory at a time
 
 
@@ -39,7 +45,8 @@ class PreparedStep:
     """What can be computed of a step without its tokens or activations."""
 
     plan: StepPlan
-    layers: Ready
+    layers: Ready | None  # None where a graph has it all
+    graph: GraphStep | None = None
 
 
 class ModelRunner:
@@ -56,13 +63,34 @@ class ModelRunner:
         self.shard = shard
         self.device = device or torch.device("cpu")
         self.hidden_size = spec.hidden_size
-        self.dtype = weights.layers[0].input_norm.dtype  # of the activations too
         self.decoder = Decoder(spec, shard, weights, collectives, self.device)
+        self.dtype = self.decoder.dtype
         self._kv = kv
         self._collectives = collectives
         self._tables = PageTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
         self._newest: dict[int, int] = {}  # token of each sequence: the input of plans without ids
+        self._device_tables = DeviceTables(kv.num_pages, self.device) if calls.supports(self.device) else None
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_decode(self, capacity: int, recorder: Recorder | None = None) -> None:
+        """Capture graphs for steps that decode up to `capacity` rows; if that fails, they run eagerly as before.
+
+        Args:
+            recorder: on a GPU the default, CUDA graphs.
+        """
+        if self._device_tables is None or not self.decoder.is_capturable:
+            return
+        rows = min(capacity, MOST_ROWS)
+        try:
+            self._device_tables.reserve(capacity)  # they must not move when a step has more rows than graphs
+            made = recorder or CudaRecorder(self.device)
+            graphs = DecodeGraphs(self.decoder, self._kv, self._device_tables, rows, self.device, made)
+            graphs.capture()
+        except RuntimeError as error:
+            _log.warning("steps that decode run without CUDA graphs: %s", " ".join(str(error).split())[:300])
+            return
+        self._graphs = graphs
 
     @contextmanager
     def settled_by(self, wait: Callable[[], object]) -> Iterator[None]:
@@ -78,6 +106,8 @@ class ModelRunner:
         self._tables.clear()
         self._sampler.clear()
         self._newest.clear()
+        if self._device_tables is not None:
+            self._device_tables.clear()
 
     def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
         """Execute one step: `prepare` and `compute`."""
@@ -97,8 +127,10 @@ class ModelRunner:
         self._tables.apply(plan)
         if not plan.slices:
             return None
+        if self._graphs is not None and (graph := self._graphs.prepare(plan, self._tables)) is not None:
+            return PreparedStep(plan, None, graph)
         batch = self._tables.batch(plan, self._spec, self.device)
-        return PreparedStep(plan, self.decoder.prepare(batch, self._kv))
+        return PreparedStep(plan, self.decoder.prepare(batch, self._kv, self._device_tables))
 
     def set_newest(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
         """Note the newest token of each sequence, the input of plans without ids; unknown sequences are skipped."""
@@ -120,33 +152,54 @@ class ModelRunner:
             PlanMismatch: token ids are missing.
             RuntimeError: logits are not finite, or a member of the stage is gone.
         """
+        if prepared.graph is not None:
+            return self._replay(prepared.plan, prepared.graph, hidden, keep_logits)
+        assert prepared.layers is not None
         log = CellLog()
-        out = self._compute(prepared, hidden, keep_logits, log)
+        out = self._compute(prepared.plan, prepared.layers, hidden, keep_logits, log)
         # what the device has to say of sparse cells is read last, when it has computed everything
         return replace(out, cells=log.read(), estimate_us=round(log.seconds * 1e6))
 
     def _compute(
-        self, prepared: PreparedStep, hidden: torch.Tensor | None, keep_logits: bool, log: CellLog
+        self, plan: StepPlan, layers: Ready, hidden: torch.Tensor | None, keep_logits: bool, log: CellLog
     ) -> StepOutput:
-        plan, batch = prepared.plan, prepared.layers.batch
         if self.shard.is_first:
-            hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
+            hidden = self.decoder.embed(torch.tensor(token_ids(plan, self._newest), device=self.device))
         assert hidden is not None, "a later stage needs activations"
-        hidden = self.decoder.layers(hidden, prepared.layers, log)
+        hidden = self.decoder.layers(hidden, layers, log)
         if not self.shard.is_last:
             return StepOutput(hidden=hidden)
         reports = StepOutput(targets=self._score(plan, hidden))
-        if not len(batch.sample_rows):
+        sample_rows = layers.batch.sample_rows
+        if not len(sample_rows):
             return reports
-        logits = self.decoder.logits(hidden[batch.sample_rows])
+        return self._sample(plan, self.decoder.logits(hidden[sample_rows]), None, reports, keep_logits)
+
+    def _replay(
+        self, plan: StepPlan, graph: GraphStep, hidden: torch.Tensor | None, keep_logits: bool
+    ) -> StepOutput:  # fmt: skip
+        """Compute a step that a graph was captured for."""
+        assert self._graphs is not None
+        out = self._graphs.run(graph, token_ids(plan, self._newest) if self.shard.is_first else (), hidden)
+        rows = [row for row, part in enumerate(plan.slices) if part.sample is not None]
+        if out.logits is None or out.chosen is None or not rows:
+            return StepOutput(hidden=out.hidden)
+        logits, chosen = out.logits, out.chosen
+        if len(rows) < len(plan.slices):
+            logits, chosen = logits[rows], chosen[:, rows]
+        return self._sample(plan, logits.clone() if keep_logits else logits, chosen, StepOutput(), keep_logits)
+
+    def _sample(
+        self, plan: StepPlan, logits: torch.Tensor, chosen: torch.Tensor | None, reports: StepOutput, keep_logits: bool
+    ) -> StepOutput:
+        """Sample the rows of a plan that ask for it, whose logits are `[samples, V]`; every rank samples the same."""
         self.decoder.settle()
         sampled = [(part.sequence, part.sample) for part in plan.slices if part.sample is not None]
-        # every rank samples the same tokens, and sends them to its peer in the first stage
-        samples = self._sampler.sample_rows(logits, sampled)
+        samples = self._sampler.sample_rows(logits, sampled, chosen)
         tokens = tuple(sample.token_id for sample in samples)
         if self.shard.is_first:
             self.set_newest((sample.sequence for sample in samples), tokens)
-        if self._collectives.rank != 0:
+        if self._collectives.rank != 0:  # it sends them to its peer in the first stage
             return replace(reports, tokens=tokens)
         return replace(reports, samples=samples, tokens=tokens, logits=logits if keep_logits else None)
 

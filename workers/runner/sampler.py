@@ -141,14 +141,17 @@ class Sampler:
     def clear(self) -> None:
         self._kept.clear()
 
-    def sample_rows(self, logits: torch.Tensor, parts: Sequence[tuple[int, SampleSpec]]) -> tuple[SampledToken, ...]:
+    def sample_rows(
+        self, logits: torch.Tensor, parts: Sequence[tuple[int, SampleSpec]], chosen: torch.Tensor | None = None
+    ) -> tuple[SampledToken, ...]:
         """Choose one token for every sequence of `parts` from its row of `[n, V]`; the contract is that of `sample`.
 
-        Where all are greedy, a device chooses them together, and is waited for once.
+        Where all are greedy, a device chooses them together, and is waited for once; `chosen` is that choice if it has
+        been made (`calls.choose_greedily`).
         """
         if not (calls.supports(logits.device) and all(_is_argmax(spec) for _, spec in parts)):
             return tuple(self.sample(sequence, row, spec) for row, (sequence, spec) in zip(logits, parts, strict=True))
-        tokens, finite = calls.choose_greedily(logits)
+        tokens, finite = (calls.choose_greedily(logits) if chosen is None else chosen).tolist()
         for (sequence, spec), is_finite in zip(parts, finite, strict=True):
             if not is_finite:
                 raise RuntimeError(f"sequence {sequence}: logits of token {spec.token_index} are not finite")

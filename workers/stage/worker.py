@@ -185,6 +185,8 @@ class StageWorker:
         if self._tracer is not None and self._shard.rank == 0:
             self._runner.decoder.on_experts = self._tracer.count_experts
         self._warm_up(request.page_size)
+        if request.graph_rows and not request.trace:  # which counts the experts of every step
+            self._runner.capture_decode(request.graph_rows)
         self._collectives.limit(self._step_timeout_s)
         self._listen(request)
 

@@ -15,6 +15,7 @@ from workers.attention.plan import Rotation
 from workers.kernels.device import processors
 from workers.kv.paged import LayerKV, PagedKV, PlanMismatch
 from workers.model.batch import Batch, Piece
+from workers.model.device.tables import DeviceTables
 
 if TYPE_CHECKING:
     from workers.kernels.triton.layer.decode import Rows
@@ -27,18 +28,20 @@ _ORDER = (Rotation.INTRA, Rotation.SUCC, Rotation.INTER)
 class DeviceStep:
     """What is known of a step without its activations, in device memory."""
 
-    slots: torch.Tensor  # [T] int64, of the step's keys and values
+    slots: torch.Tensor  # [T] int32, of the step's keys and values; -1 for rows whose own are not kept
     tables: list[tuple[torch.Tensor, torch.Tensor]]  # cos and sin, in the order of `Rotation`
     decoding: torch.Tensor | None  # [B] int64, the rows that `rows` describes; None where these are all rows
     rows: Rows | None  # of sequences that decode; None without any
     others: tuple[Piece, ...]  # which attend one by one
+    idle: torch.Tensor | None = None  # [T, 1] bool, rows that only fill up a graph; None without any
 
     @staticmethod
-    def of(batch: Batch, kv: PagedKV, rotations: Rotations, distance: int) -> DeviceStep:
+    def of(batch: Batch, kv: PagedKV, rotations: Rotations, distance: int, tables: DeviceTables) -> DeviceStep:
         """Copy what the kernels need to the device of the batch.
 
         Args:
             distance: tokens between the starts of two DCA chunks, 0 for plain attention.
+            tables: those of rows that decode are brought up to date.
 
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
@@ -47,30 +50,35 @@ class DeviceStep:
         for first, length in batch.slots:
             if not 0 <= first <= size - length:
                 raise PlanMismatch(f"slot {first + length - 1} of a plan lies outside the cache of {size} slots")
-        slots = np.concatenate([np.arange(first, first + length) for first, length in batch.slots])
+        slots = np.concatenate([np.arange(first, first + length, dtype=np.int32) for first, length in batch.slots])
         single = tuple(piece for piece in batch.pieces if piece.plan.length == 1 and not piece.sparse)
         others = tuple(piece for piece in batch.pieces if piece.plan.length > 1 or piece.sparse)
-        rows = _rows_of(single, kv, distance, device) if single else None
+        rows = _rows_of(single, kv, distance, tables) if single else None
         decoding = torch.tensor([piece.rows.start for piece in single], device=device) if single and others else None
-        tables = [(*rotations[rotation],) for rotation in _ORDER if rotation in rotations]
-        return DeviceStep(torch.from_numpy(slots).to(device), tables, decoding, rows, others)
+        return DeviceStep(torch.from_numpy(slots).to(device), _in_order(rotations), decoding, rows, others)
+
+    @staticmethod
+    def of_rows(slots: torch.Tensor, rows: Rows, rotations: Rotations) -> DeviceStep:
+        """Return the step of rows that decode, from device memory alone; rows without keys only fill it up."""
+        return DeviceStep(slots, _in_order(rotations), None, rows, (), (rows.lengths == 0)[:, None])
 
 
-def _rows_of(pieces: tuple[Piece, ...], kv: PagedKV, distance: int, device: torch.device) -> Rows:
-    """Describe rows of a token each, with the pages that they see."""
+def _in_order(rotations: Rotations) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(*rotations[rotation],) for rotation in _ORDER if rotation in rotations]
+
+
+def _rows_of(pieces: tuple[Piece, ...], kv: PagedKV, distance: int, tables: DeviceTables) -> Rows:
+    """Describe rows of a token each."""
     from workers.kernels.triton.layer.decode import Rows, count_splits
 
+    device = tables.slots.device
     lengths = [piece.plan.start + 1 for piece in pieces]
-    pages = -(-max(lengths) // kv.page_size)
-    tables = np.zeros((len(pieces), pages), np.int32)
-    for table, piece, length in zip(tables, pieces, lengths, strict=True):
-        used = -(-length // kv.page_size)
-        if used > piece.table.num_pages:
-            raise PlanMismatch(f"position {length - 1} lies beyond the {piece.table.num_pages} pages of the table")
-        table[:used] = np.frombuffer(piece.table.page_slots, np.int32, used)
+    known = tables.places([piece.table for piece in pieces])
+    places, seen = torch.tensor([known, lengths], dtype=torch.int32).to(device)
     return Rows(
-        tables=torch.from_numpy(tables).to(device),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        tables=tables.slots,
+        places=places,
+        lengths=seen,
         scales=torch.cat([piece.scales for piece in pieces]).to(device),
         page_size=kv.page_size,
         distance=distance,

@@ -98,6 +98,7 @@ class FakeHandle:
         yield LoadProgress(5, 5, True, 0, 1 << 33)
 
     def start(self, request: pb.StartRequest, timeout_s: float) -> None:
+        self.graph_rows = request.graph_rows
         self._note("start", f" {request.epoch} {request.num_pages} {Path(request.upstream_socket).name}")
 
     def relink(self, request: pb.StartRequest, timeout_s: float) -> None:
@@ -145,6 +146,14 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     yield made
     made.launcher.close()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_graphs_have_room_for_all_requests_that_share_a_step(tmp_path: Path, on: bool) -> None:
+    scene = Scene(tmp_path, cuda_graphs=on)
+    rows = load_deployment(CONFIGS / "single.yaml").config.prefill.max_num_seqs if on else 0
+    assert [handle.graph_rows for handle in scene.launched.shards] == [rows] * 4
+    scene.launcher.close()
 
 
 def test_one_stage_is_replaced_and_the_other_linked_again(scene: Scene) -> None:

@@ -118,9 +118,9 @@ def test_rows_are_sampled_together_only_where_all_are_greedy(monkeypatch: pytest
     assert [token.token_id for token in Sampler(VOCAB).sample_rows(rows, greedy)] == best
     calls: list[torch.Tensor] = []
 
-    def choose(given: torch.Tensor) -> tuple[list[int], list[bool]]:
+    def choose(given: torch.Tensor) -> torch.Tensor:
         calls.append(given)
-        return given.argmax(-1).tolist(), given.isfinite().all(-1).tolist()
+        return torch.stack([given.argmax(-1), given.isfinite().all(-1).long()])
 
     monkeypatch.setattr(sampler_module.calls, "supports", lambda device: True)
     monkeypatch.setattr(sampler_module.calls, "choose_greedily", choose)
@@ -128,6 +128,8 @@ def test_rows_are_sampled_together_only_where_all_are_greedy(monkeypatch: pytest
         SampledToken(sequence, token) for (sequence, _), token in zip(greedy, best, strict=True)
     )
     assert len(calls) == 1
+    chosen = torch.tensor([[7, 8, 9], [1, 1, 1]])  # by a graph
+    assert [token.token_id for token in Sampler(VOCAB).sample_rows(rows, greedy, chosen)] == [7, 8, 9]
     mask = bytes([0xFF] * 33)
     for other in (
         spec(temperature=0.5), spec(logprobs=2), spec(repetition_penalty=1.1, history=(1,)), replace(spec(), mask=mask),

@@ -113,6 +113,19 @@ def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
     assert (found.cells, found.estimate_us) == ((), 0)
 
 
+@pytest.mark.parametrize(("rows", "trace", "asked"), [(16, False, [16]), (0, False, []), (16, True, [])])
+def test_graphs_are_asked_for_after_the_warm_up(
+    rows: int, trace: bool, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace counts the experts of every step, which a graph does not."""
+    found: list[int] = []
+    monkeypatch.setattr(stage_worker.ModelRunner, "capture_decode", lambda self, capacity: found.append(capacity))
+    worker = loaded(tmp_path)
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, graph_rows=rows, trace=trace))
+    worker.close()
+    assert found == asked
+
+
 def test_a_traced_step_says_when_it_was_computed(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
     worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, trace=True))

@@ -64,9 +64,8 @@ def run_experts(
     return products.run_experts(x, experts, weights, gate_up, down, first, capability(x.device))
 
 
-def choose_greedily(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """Return the ids of the greatest logits of `[n, V]`, and whether all logits of a row are finite; waits once."""
+def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
+    """Return `[2, n]` int64 on the device: the ids of the greatest logits of `[n, V]`, and 1 where all are finite."""
     from workers.kernels.triton.layer import greedy
 
-    tokens, finite = torch.stack([side.to(torch.int64) for side in greedy.choose_greedily(logits)]).tolist()
-    return tokens, [bool(one) for one in finite]
+    return torch.stack([side.to(torch.int64) for side in greedy.choose_greedily(logits)])

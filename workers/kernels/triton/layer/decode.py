@@ -34,18 +34,13 @@ _MAX_SPLITS = 256
 class Rows:
     """What the kernels need to know of the rows of a step, on the device."""
 
-    tables: torch.Tensor  # [B, pages] int32, the first slot of every page; rows of any stride
+    tables: torch.Tensor  # [N, pages] int32, the first slot of every page; rows of any stride
+    places: torch.Tensor  # [B] int32, which of the tables is that of a row
     lengths: torch.Tensor  # [B] int32, keys that a row sees, its own included; 0 for rows that only fill a graph
     scales: torch.Tensor  # [B] float32, the factor on a row's logits
     page_size: int
     distance: int  # tokens between the starts of two DCA chunks, 0 for plain attention
     splits: int
-
-    def slots(self) -> torch.Tensor:
-        """Return the slot of every row's own key `[B]` int64; rows that see nothing get that of their first page."""
-        last = (self.lengths - 1).clamp_min(0).to(torch.int64)
-        first = self.tables.gather(1, (last // self.page_size)[:, None])[:, 0]
-        return first + last % self.page_size
 
 
 def count_splits(rows: int, kv_heads: int, processors: int, longest: int) -> int:
@@ -67,8 +62,8 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
 def attend_splits_kernel(
-    q, keys, values, key_scales, value_scales, tables, lengths, scales, partial, sums, rotation_stride, row_stride,
-    head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
+    q, keys, values, key_scales, value_scales, tables, places, lengths, scales, partial, sums, rotation_stride,
+    row_stride, head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
     splits, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, ROTATIONS: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +84,7 @@ def attend_splits_kernel(
     g, d, n = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     real = (g < GROUP)[:, None] & (d < DIM)[None, :]
     head = kv_head * GROUP + g
-    table = tables + row.to(tl.int64) * table_stride
+    table = tables + tl.load(places + row).to(tl.int64) * table_stride
     keys += kv_head.to(tl.int64) * key_stride
     values += kv_head.to(tl.int64) * value_stride
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -178,8 +173,8 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
     key_scales = kv.keys if kv.key_scales is None else kv.key_scales
     value_scales = kv.values if kv.value_scales is None else kv.value_scales
     attend_splits_kernel[(splits, kv_heads, batch)](
-        q, kv.keys, kv.values, key_scales, value_scales, rows.tables, rows.lengths, rows.scales, partial, sums,
-        *q.stride()[:3], kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0),
+        q, kv.keys, kv.values, key_scales, value_scales, rows.tables, rows.places, rows.lengths, rows.scales, partial,
+        sums, *q.stride()[:3], kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0),
         rows.tables.stride(0), rows.distance, splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=width, PAGE=rows.page_size, BLOCK=_BLOCK, ROTATIONS=rotations if rows.distance else 1,
         LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4,

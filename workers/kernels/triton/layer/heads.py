@@ -98,17 +98,19 @@ def store_heads_kernel(
                 tl.store(to, first.to(q_out.dtype.element_ty), mask=mask)
                 tl.store(to + DIM // 2, second.to(q_out.dtype.element_ty), mask=mask)
         else:
-            slot = tl.load(slots + row, mask=inside, other=0).to(tl.int64)
+            slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int64)
+            stored = mask & (slot >= 0)[:, None]
             kv_head = (head - HEADS).to(tl.int64)
             place = kv_head * key_stride + slot[:, None] * DIM + d[None, :]
             scale_at = kv_head * key_scale_stride + slot
-            _store_rows(keys, key_scales, first, second, place, scale_at, inside, mask, DIM, LIMIT)
+            _store_rows(keys, key_scales, first, second, place, scale_at, slot >= 0, stored, DIM, LIMIT)
     else:
-        slot = tl.load(slots + row, mask=inside, other=0).to(tl.int64)
+        slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int64)
+        stored = mask & (slot >= 0)[:, None]
         kv_head = (head - HEADS - KV_HEADS).to(tl.int64)
         place = kv_head * value_stride + slot[:, None] * DIM + d[None, :]
         scale_at = kv_head * value_scale_stride + slot
-        _store_rows(values, value_scales, low, high, place, scale_at, inside, mask, DIM, LIMIT)
+        _store_rows(values, value_scales, low, high, place, scale_at, slot >= 0, stored, DIM, LIMIT)
 
 
 def store_heads(
@@ -122,7 +124,7 @@ def store_heads(
         norms: `[H + K, D]` float32, or None for models without query and key norms.
         rotations: cos and sin `[T, 1, D / 2]` float32 for INTRA, and where the step needs them SUCC and INTER; the
             stride of rows may be 0.
-        slots: `[T]`, inside the cache: they are not checked.
+        slots: `[T]` int32, inside the cache: they are not checked. Keys and values of rows with -1 are not written.
         kv: one layer of the cache; a head's slots are contiguous.
 
     Returns:

@@ -10,11 +10,13 @@ import torch
 from protos.model.spec import DualChunkSpec, ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.attention import compiled as compiled_attention
+from workers.attention.plan import Rotation
 from workers.bench.model import benchmark_spec
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV, PlanMismatch
 from workers.model.batch import PageTables
 from workers.model.device.step import DeviceStep
+from workers.model.device.tables import DeviceTables
 from workers.model.rope import Rotary
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
@@ -76,11 +78,11 @@ def test_prefill_and_decode(spec: ModelSpec, cache: torch.dtype, bound: float, m
 
 def test_what_a_step_brings_to_the_device() -> None:
     tables, kv = PageTables(PAGE), PagedKV(1, 2, 16, PAGES, PAGE, torch.float32)
-    rotary = Rotary(DENSE.rope, 16, CPU, CHUNKS)
+    rotary, there = Rotary(DENSE.rope, 16, CPU, CHUNKS), DeviceTables(PAGES, CPU)
     for plan in steps():
         tables.apply(plan)
         batch = tables.batch(plan, DENSE, CPU)
-        step = DeviceStep.of(batch, kv, rotary.rotations(batch.positions, batch.regions), 32)
+        step = DeviceStep.of(batch, kv, rotary.rotations(batch.positions, batch.regions), 32, there)
         if plan.step == 4:
             assert step.decoding is not None
             assert step.decoding.tolist() == [0, 9]
@@ -90,8 +92,10 @@ def test_what_a_step_brings_to_the_device() -> None:
     assert not step.others
     assert len(step.tables) == 3
     assert step.rows.lengths.tolist() == [99, 41]
-    assert step.rows.tables[:, :3].tolist() == [[240, 224, 208], [80, 64, 48]]
-    assert step.rows.slots().tolist() == step.slots.tolist() == [144 + 2, 48 + 8]
+    assert step.rows.tables is there.slots
+    assert step.rows.tables[step.rows.places, :3].tolist() == [[240, 224, 208], [80, 64, 48]]
+    assert step.slots.tolist() == [144 + 2, 48 + 8]
+    assert step.idle is None
 
 
 def test_a_slot_outside_the_cache_is_refused() -> None:
@@ -100,4 +104,20 @@ def test_a_slot_outside_the_cache_is_refused() -> None:
     tables.apply(plan)
     batch = tables.batch(plan, PLAIN, CPU)
     with pytest.raises(PlanMismatch, match="outside the cache of 32 slots"):
-        DeviceStep.of(batch, kv, Rotary(PLAIN.rope, 16).rotations(batch.positions), 0)
+        DeviceStep.of(batch, kv, Rotary(PLAIN.rope, 16).rotations(batch.positions), 0, DeviceTables(2, CPU))
+
+
+def test_a_step_that_is_known_on_the_device_alone() -> None:
+    """Rows that see no keys are idle."""
+    from workers.kernels.triton.layer.decode import Rows
+
+    positions = torch.tensor([40, 0, 7], dtype=torch.int32)
+    numbers = torch.tensor([[0, 1, 2], [41, 0, 8]], dtype=torch.int32)
+    rows = Rows(torch.zeros(3, 4, dtype=torch.int32), *numbers, torch.ones(3), PAGE, 32, 1)
+    rotations = Rotary(DENSE.rope, 16, CPU, CHUNKS).rotations(positions, tuple(Rotation))
+    step = DeviceStep.of_rows(numbers[1], rows, rotations)
+    assert step.idle is not None
+    assert step.idle.tolist() == [[False], [True], [False]]
+    assert not step.others
+    assert step.decoding is None
+    assert [cos.shape for cos, _ in step.tables] == [(3, 1, 8)] * 3

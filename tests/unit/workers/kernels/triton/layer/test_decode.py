@@ -49,7 +49,10 @@ def compare(lengths: list[int], distance: int, splits: int, cache: torch.dtype, 
     kv, tables = paged(lengths, kv_heads, dim, cache)
     q = torch.randn(3 if distance else 1, len(lengths), query_heads, dim)
     scales = torch.rand(len(lengths)) * 0.2 + 0.1
-    rows = Rows(tables, torch.tensor(lengths, dtype=torch.int32), scales, PAGE, distance, splits)
+    order = torch.randperm(len(lengths)).int()  # tables may lie in any order
+    shuffled = torch.empty_like(tables)
+    shuffled[order.long()] = tables
+    rows = Rows(shuffled, order, torch.tensor(lengths, dtype=torch.int32), scales, PAGE, distance, splits)
     got = attend_rows(q, kv, rows)
     for row, length in enumerate(lengths):
         plan = AttentionPlan(length - 1, 1, distance)
@@ -80,7 +83,7 @@ def test_any_group_and_head_dim(heads: tuple[int, int, int]) -> None:
 
 def test_one_rotation_where_no_row_has_left_the_first_chunk() -> None:
     kv, tables = paged([90], 2, 16, torch.float32)
-    rows = Rows(tables, torch.tensor([90]), torch.tensor([0.25]), PAGE, 96, 2)
+    rows = Rows(tables, torch.zeros(1).int(), torch.tensor([90]), torch.tensor([0.25]), PAGE, 96, 2)
     q = torch.randn(1, 1, 2, 16)
     expected = attend_reference(Queries(q[0].double()), *context(kv, tables[0], 90), AttentionPlan(89, 1), rows.scales)
     assert (attend_rows(q, kv, rows)[0].double() - expected[0]).abs().max() < 1e-6
@@ -90,7 +93,8 @@ def test_rows_of_one_sequence_share_a_table() -> None:
     """Some rows of a prompt, each of which sees one key more than the row before it."""
     kv, tables = paged([203], 2, 16, torch.int8)
     start, count = 200, 3
-    rows = Rows(tables.expand(count, -1), torch.arange(start + 1, start + count + 1), torch.ones(count), PAGE, 128, 2)
+    lengths = torch.arange(start + 1, start + count + 1)
+    rows = Rows(tables, torch.zeros(count).int(), lengths, torch.ones(count), PAGE, 128, 2)
     q = torch.randn(3, count, 4, 16)
     plan = AttentionPlan(start, count, 128)
     expected = attend_reference(Queries(*q.double()), *context(kv, tables[0], 203), plan, rows.scales)
@@ -101,17 +105,10 @@ def test_rows_that_fill_a_graph_are_zero_and_damage_stays_visible() -> None:
     kv, tables = paged([70, 70], 1, 16, torch.float32)
     kv.keys[0, tables[1, 2]] = math.nan
     lengths = torch.tensor([0, 70], dtype=torch.int32)
-    got = attend_rows(torch.randn(1, 2, 2, 16), kv, Rows(tables, lengths, torch.ones(2), PAGE, 0, 4))
+    rows = Rows(tables, torch.arange(2).int(), lengths, torch.ones(2), PAGE, 0, 4)
+    got = attend_rows(torch.randn(1, 2, 2, 16), kv, rows)
     assert not got[0].any()
     assert got[1].isnan().all()
-
-
-def test_slots_of_the_rows_own_keys() -> None:
-    tables = torch.tensor([[32, 0, 0], [64, 16, 48]], dtype=torch.int32)
-    rows = Rows(tables, torch.tensor([5, 48], dtype=torch.int32), torch.ones(2), PAGE, 0, 1)
-    assert rows.slots().tolist() == [36, 63]
-    empty = Rows(tables, torch.zeros(2, dtype=torch.int32), torch.ones(2), PAGE, 0, 1)
-    assert empty.slots().tolist() == [32, 64]
 
 
 def test_splits_fill_the_card_but_are_not_too_short() -> None:

@@ -29,7 +29,7 @@ def test_heads(rows: int, rotations: int, cache: torch.dtype) -> None:
     torch.manual_seed(rows)
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim)
     norms = None if rows == 17 else torch.rand(heads + kv_heads, dim) + 0.5
-    slots = torch.randperm(256)[:rows]
+    slots = torch.randperm(256)[:rows].int()
     shape = (kv_heads, 256, dim)
     kv = LayerKV(torch.zeros(shape, dtype=cache), torch.zeros(shape, dtype=cache))
     if cache != torch.float32:
@@ -54,7 +54,7 @@ def test_heads(rows: int, rotations: int, cache: torch.dtype) -> None:
             near = torch.ones(()) if cache == torch.int8 else codes.float().abs().clamp_min(2**-6) / 7.9
             assert ((mine.float() - codes.float()).abs() <= near).all()
             assert (mine.float() != codes.float()).float().mean() < 0.01
-    others = torch.ones(256, dtype=torch.bool).index_fill(0, slots, False)
+    others = torch.ones(256, dtype=torch.bool).index_fill(0, slots.long(), False)
     assert not kv.keys[:, others].float().any()
     assert not kv.values[:, others].float().any()
 
@@ -66,7 +66,7 @@ def test_ends_of_the_range_and_damaged_rows(cache: torch.dtype) -> None:
     shape = (1, 4, 32)
     kv = LayerKV(*(torch.ones(shape).to(cache) for _ in "kv"), *(torch.ones(shape[:2]) for _ in "kv"))
     one = CosSin(torch.ones(4, 1, 16), torch.zeros(4, 1, 16))
-    module.store_heads(qkv, None, EPS, [one], torch.arange(4), kv)
+    module.store_heads(qkv, None, EPS, [one], torch.arange(4).int(), kv)
     for codes, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
         assert scales is not None
         assert torch.isfinite(scales[0]).tolist() == [True, False, False, True]
@@ -81,7 +81,7 @@ def test_the_same_as_the_write_of_a_cache() -> None:
     torch.manual_seed(5)
     qkv = torch.randn(67, 6, 16)
     runs = [SlotRun(64, 32), SlotRun(0, 35)]
-    slots = torch.cat([torch.arange(first, first + length) for first, length in runs])
+    slots = torch.cat([torch.arange(first, first + length) for first, length in runs]).int()
     mine, twin = (PagedKV(2, 2, 16, 4, 32, torch.int8) for _ in range(2))
     turn = tables(67, 1, 16)
     module.store_heads(qkv, None, EPS, turn, slots, mine.layer(1))
@@ -90,3 +90,22 @@ def test_the_same_as_the_write_of_a_cache() -> None:
     for side in ("keys", "values", "key_scales", "value_scales"):
         first, second = (getattr(cache.layer(1), side)[:, slots].float() for cache in (mine, twin))
         assert (first - second).abs().max() <= (0 if side == "values" else 1)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8], ids=str)
+def test_rows_without_a_slot_are_rotated_but_not_written(cache: torch.dtype) -> None:
+    qkv = torch.randn(5, 6, 16)
+    turn = tables(5, 1, 16)
+    mine, twin = (PagedKV(1, 2, 16, 1, 8, cache) for _ in range(2))
+    for one in (mine, twin):
+        for side in ("keys", "values", "key_scales", "value_scales"):
+            if (whole := getattr(one.layer(0), side)) is not None:
+                whole.zero_()
+    got = module.store_heads(qkv, None, EPS, turn, torch.tensor([3, -1, 0, -1, 7]).int(), mine.layer(0))
+    kept = [0, 2, 4]
+    turns = [CosSin(*(side[kept] for side in one)) for one in turn]
+    wanted = module.store_heads(qkv[kept], None, EPS, turns, torch.tensor([3, 0, 7]).int(), twin.layer(0))
+    assert torch.equal(got[:, kept], wanted)
+    assert got[:, [1, 3]].isfinite().all()
+    for side in ("keys", "values"):
+        assert torch.equal(getattr(mine.layer(0), side), getattr(twin.layer(0), side))

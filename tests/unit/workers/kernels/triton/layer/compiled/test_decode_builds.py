@@ -22,7 +22,8 @@ def test_attention(cache: str, limit: int, capability: int) -> None:
         pytest.skip("e4m3 needs sm_89")
     import triton.language as tl
 
-    types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"tables": "*i32", "lengths": "*i32"}
+    types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(STRIDES, "i32")
+    types |= dict.fromkeys(("tables", "places", "lengths"), "*i32")
     types |= {"q": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
     constants: dict[str, Any] = {
         "row_stride": 4096, "head_stride": 128, "key_stride": SLOTS * 128, "value_stride": SLOTS * 128,

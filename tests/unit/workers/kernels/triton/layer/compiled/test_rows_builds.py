@@ -24,7 +24,7 @@ STRIDES = (
 def test_heads(cache: str, limit: int, capability: int) -> None:
     if cache == "fp8e4nv" and capability < 89:
         pytest.skip("e4m3 needs sm_89")
-    types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"slots": "*i64", "eps": "fp32"}
+    types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"slots": "*i32", "eps": "fp32"}
     types |= {"qkv": "*bf16", "q_out": "*bf16", "keys": f"*{cache}", "values": f"*{cache}"}
     constants = HEADS | {"ROWS": 16, "LIMIT": limit}
     built = compile_kernel(heads.store_heads_kernel, capability, types, constants)
