@@ -48,6 +48,7 @@ SELECTION = {
 def shipped() -> Iterator[Shipped]:
     """Yield the launches of attention, of selection, and of the other parts of a layer."""
     from workers.bench.builds.shipped_layer import shipped_layer
+    from workers.bench.builds.shipped_quant import shipped_quant
 
     yield from _attention()
     for name, spec in (
@@ -57,6 +58,7 @@ def shipped() -> Iterator[Shipped]:
     ):
         yield Shipped(f"selection, {name}", partial(_select, spec), SELECTION)
     yield from shipped_layer()
+    yield from shipped_quant()
 
 
 def paged(dim: int, cache: torch.dtype, device: str = "cpu") -> tuple[LayerKV, PageTable]:

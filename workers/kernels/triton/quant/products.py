@@ -1,8 +1,9 @@
 """Products with quantised weights: of a dense matrix, and of experts whose rows are gathered.
 
-A tile of weights is unpacked where it is used: 4- and 8-bit codes become `scale * (code - zero)`, rounded to the type of
-the activations as `QuantizedWeight.dequantize` rounds. Where activations are in e4m3 too (`rows.ScaledRows`), both sides
-stay codes: the product of 128 inputs is summed by itself, and added in float32 with the scales of its row and column.
+A tile of weights is unpacked where it is used: 4- and 8-bit codes become `scale * (code - zero)`, rounded to the type
+of the activations as `QuantizedWeight.dequantize` rounds. Where activations are in e4m3 too (`rows.ScaledRows`), both
+sides stay codes: the product of 128 inputs is summed by itself, and added in float32 with the scales of its row and
+column.
 
 Legend: `T` tokens, `K` inputs, `N` outputs, `Er` experts of this shard, `G` groups of inputs, `k` experts per token.
 """
@@ -78,10 +79,7 @@ def _weight_tile(
             codes + c[:, None].to(tl.int64) * DEPTH + (depth + at)[None, :],
             mask=known & (depth + at < DEPTH)[None, :], other=0,
         )  # fmt: skip
-        if KIND == "int8":
-            values = stored.to(tl.int8, bitcast=True).to(tl.float32)
-        else:
-            values = _e4m3_values(stored)
+        values = stored.to(tl.int8, bitcast=True).to(tl.float32) if KIND == "int8" else _e4m3_values(stored)
     place = c.to(tl.int64) * GROUPS + depth // GROUP_SIZE
     scale = tl.load(scales + place, mask=c < WIDTH, other=0.0).to(tl.float32)
     if zeros is not None:
@@ -116,9 +114,9 @@ def quantised_product_kernel(
     """One program: `COLUMNS` columns of a tile of rows of one matrix.
 
     Without `totals` there is one matrix `[N, K]`, and rows are tokens; else those `[Er, N, K]` of experts, and rows lie
-    in the order of places. With `GATED` rows are gathered from tokens by `order`, and the result is `silu(gate) * up` of
-    matrices `[Er, 2 N, K]`. `DEPTH` and `WIDTH` are `K` and `N`. With `x_scales` both sides are codes in e4m3, and `STEP`
-    is 128. `inputs` `[Er, K]` is the input of every column, where they have an order of their own.
+    in the order of places. With `GATED` rows are gathered from tokens by `order`, and the result is `silu(gate) * up`
+    of matrices `[Er, 2 N, K]`. `DEPTH` and `WIDTH` are `K` and `N`. With `x_scales` both sides are codes in e4m3, and
+    `STEP` is 128. `inputs` `[Er, K]` is the input of every column, where they have an order of their own.
     """
     if totals is not None:
         expert, start, rows = expert_tile(totals, tl.program_id(1), experts, ROWS, BLOCK)

