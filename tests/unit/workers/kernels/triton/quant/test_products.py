@@ -72,6 +72,19 @@ def test_scaled_products(tokens: int, outputs: int, depth: int, group: int) -> N
     check(linear(x, weight, None, AMPERE), exact)
 
 
+@pytest.mark.parametrize("outliers", [1.0, 30.0])
+@pytest.mark.parametrize("depth", [768, 2048])
+def test_what_scaled_activations_cost(depth: int, outliers: float) -> None:
+    """Against float64, beside the product of the same weights in bfloat16."""
+    torch.manual_seed(0)
+    weight = random_weight("float8_e4m3", (256, depth), 128, block_rows=128)
+    x = (torch.randn(64, depth) * torch.where(torch.rand(depth) < 0.01, outliers, 1.0)).bfloat16()
+    exact = x.double() @ dequantised(weight).T
+    plain = x @ weight.dequantize(torch.bfloat16).T
+    assert 1e-2 < (scaled_product_reference(x, weight) - exact).norm() / exact.norm() < 3e-2
+    assert 1e-3 < (plain.double() - exact).norm() / exact.norm() < 3e-3
+
+
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 @pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int8", 64), ("float8_e4m3", 128)])
 def test_experts(kind: Kind, group: int, capability: tuple[int, int]) -> None:
