@@ -78,8 +78,11 @@ def run_experts(
         return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
     if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and calls.supports(x.device):
         return calls.run_experts(x, experts, weights, gate_up, down, local.start)
-    both = isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight)
-    if both and quantised.supports(x, gate_up, down):
+    if (
+        isinstance(gate_up, QuantizedWeight)
+        and isinstance(down, QuantizedWeight)
+        and quantised.supports(x, gate_up, down)
+    ):
         return quantised.run_experts(x, experts, weights, gate_up, down, local.start)
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
