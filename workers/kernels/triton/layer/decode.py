@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _BLOCK = 64  # keys of one product
 _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
-_REGISTERS = 168  # a thread, with which as many fit; left to itself ptxas keeps to 128 and spills for int8 on sm_90
 _MERGED = 16  # splits that are added at once
 _MAX_SPLITS = 256
 
@@ -66,7 +65,7 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
     return rows.to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, lengths, scales, partial, sums, rotation_stride, row_stride,
     head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
@@ -130,7 +129,7 @@ def attend_splits_kernel(
         tl.store(partial + flat[:, None] * DIM + d[None, :], out / total[:, None], mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
     partial, sums, out, splits, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     MERGED: tl.constexpr,
@@ -183,7 +182,7 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
         *q.stride()[:3], kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0),
         rows.tables.stride(0), rows.distance, splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=width, PAGE=rows.page_size, BLOCK=_BLOCK, ROTATIONS=rotations if rows.distance else 1,
-        LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4, maxnreg=_REGISTERS,
+        LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4,
         num_stages=3 if kv.keys.dtype == q.dtype else 2,  # 8-bit rows with 3 stages spill
     )  # fmt: skip
     merge_splits_kernel[(batch * heads,)](
