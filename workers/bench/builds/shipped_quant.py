@@ -24,8 +24,10 @@ def shipped_quant() -> Iterator[Shipped]:
     """Yield dense and expert products of a step of one token, of some, and of many."""
     for kind in ("float8_e4m3", "int8", "int4"):
         for tokens, limits in ((1, _FEW), (1024, _MANY), (32768, _MANY)):
-            both = {_KERNEL: limits, _ROWS_KERNEL: Limits(registers=128)}
-            yield Shipped(f"{kind} products, {tokens} tokens", partial(_products, kind, tokens), both)
+            kernels = {_KERNEL: limits}
+            if kind == "float8_e4m3":
+                kernels[_ROWS_KERNEL] = Limits(registers=128)
+            yield Shipped(f"{kind} products, {tokens} tokens", partial(_products, kind, tokens), kernels)
 
 
 def _weight(kind: Kind, *shape: int) -> QuantizedWeight:

@@ -21,7 +21,9 @@ BUILDS = [
 @pytest.mark.parametrize(("one", "capability"), BUILDS)
 def test_limits(one: Shipped, capability: int) -> None:
     launches = compiled_launches(lambda: one.call(capability), capability)
-    assert set(one.limits) - {"quantise_rows_kernel"} <= {launch.kernel for launch in launches}
+    # before 8.9 activations are never codes
+    absent = {"quantise_rows_kernel"} if capability < 89 else set()
+    assert set(one.limits) - absent <= {launch.kernel for launch in launches}
     beyond = {
         launch.kernel: found
         for launch in launches
