@@ -76,7 +76,7 @@ def test_scaled_products(tokens: int, outputs: int, depth: int, group: int) -> N
 @pytest.mark.parametrize("depth", [768, 2048])
 def test_what_scaled_activations_cost(depth: int, outliers: float) -> None:
     """Against float64, beside the product of the same weights in bfloat16."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # 0 is that of the weights
     weight = random_weight("float8_e4m3", (256, depth), 128, block_rows=128)
     x = (torch.randn(64, depth) * torch.where(torch.rand(depth) < 0.01, outliers, 1.0)).bfloat16()
     exact = x.double() @ dequantised(weight).T
