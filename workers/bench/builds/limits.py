@@ -58,7 +58,7 @@ def violations(built: Built, limits: Limits, capability: int) -> list[str]:
         f"{built.registers} registers of {threads} threads: {limits.together} programs must fit a multiprocessor",
     )
     check(
-        (built.shared + _RESERVED) * limits.together <= _OF_MULTIPROCESSOR[capability],
+        limits.together == 1 or (built.shared + _RESERVED) * limits.together <= _OF_MULTIPROCESSOR[capability],
         f"{built.shared} bytes of shared memory: {limits.together} programs must fit a multiprocessor",
     )
     own = built.count(*_UNITS[capability])
