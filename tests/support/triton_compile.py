@@ -6,31 +6,14 @@ when the module of the kernel is imported: interpreted kernels cannot be compile
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a thread block may have, by compute capability
+from workers.bench.builds.limits import SHARED as SHARED_LIMIT
+from workers.bench.builds.readback import Built as Compiled
+from workers.bench.builds.readback import read_back
 
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """What one build of a kernel takes: per thread, but `shared` bytes (static and dynamic) per thread block."""
-
-    registers: int
-    stack: int  # bytes; above 0 registers spill, or arrays lie in local memory
-    shared: int
-    instructions: Counter[str]  # by opcode without modifiers: HGMMA, HMMA, UTMALDG, LDGSTS, LDL, STL, SHFL
-
-    def count(self, *opcodes: str) -> int:
-        """Return how many instructions have one of these opcodes."""
-        return sum(self.instructions[opcode] for opcode in opcodes)
+__all__ = ["SHARED_LIMIT", "Compiled", "compile_kernel"]
 
 
 def compile_kernel(
@@ -65,25 +48,4 @@ def compile_kernel(
     }
     source = ASTSource(kernel, types, dict(constants), aligned)
     built = build(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(built.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(path))
-        listing = _run("nvdisasm", "-c", str(path))
-    registers, stack, static = (int(_found(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK", "SHARED"))
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ |@!?U?PT )?([A-Z][A-Z0-9]*)", listing, re.MULTILINE)
-    assert opcodes, "nvdisasm printed no instructions"
-    return Compiled(registers, stack, max(static, int(built.metadata.shared)), Counter(opcodes))
-
-
-def _run(tool: str, *arguments: str) -> str:
-    from triton.backends import nvidia
-
-    path = os.path.join(os.path.dirname(nvidia.__file__), "bin", tool)
-    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-def _found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None, f"cuobjdump: no {pattern} in {text[-500:]}"
-    return match[1]
+    return read_back(built.asm["cubin"], int(built.metadata.shared), num_warps)

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links and make-checkpoint."""
+"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links, compile and others."""
 
 from __future__ import annotations
 
@@ -81,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
     )
     links.add_argument("--hidden", type=length, default=2048, help="width of the hidden states (default: 2048)")
     links.add_argument("--chunk", type=length, default=4096, help="tokens of a chunk (default: 4K)")
+    builds = verbs.add_parser(
+        "compile", help="every kernel of Triton for sm_80, sm_90 and sm_100, without a GPU: registers, shared memory"
+    )
+    builds.add_argument("--sm", type=int, choices=(80, 90, 100), help="one compute capability (default: all)")
+    builds.add_argument("--only", default="", metavar="TEXT", help="launches with TEXT in their name (default: all)")
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
@@ -122,9 +127,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a benchmark; returns the exit status (2: the request cannot be carried out)."""
     options = parser().parse_args(argv)
     try:
+        if options.json and not options.json.parent.is_dir():
+            raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
         if options.verb == "make-checkpoint":
             size = write_checkpoint(options.out, layers=options.layers)
             print(f"{options.out}: {size / 1e9:.2f} GB of weights")
+        elif options.verb == "compile":
+            return _compile(options)
         else:
             _run(options)
     except (ValueError, ModuleNotFoundError) as error:
@@ -145,8 +154,6 @@ def _run(options: argparse.Namespace) -> None:
         for seconds in process.rounds(sys.stdin, process.prompt(size), options.tokens):
             print(seconds, flush=True)
         return
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
     figures = []
     for figure in _figures(options, device, dtype):
         print(figure.line(), flush=True)
@@ -156,6 +163,24 @@ def _run(options: argparse.Namespace) -> None:
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
         facts = _facts(device) | ({"date": options.date} if options.date else {})
         write_result(options.json, {"what": options.verb, "config": config, "figures": figures}, **facts)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    """Compile all kernels; returns 1 if some take more than their limits."""
+    import triton
+
+    from workers.bench.builds import table
+
+    rows = []
+    for row in table.compile_all((options.sm,) if options.sm else table.CAPABILITIES, options.only):
+        print(table.line(row), flush=True)
+        rows.append(row)
+    if options.json:
+        facts = {"torch": torch.__version__} | ({"date": options.date} if options.date else {})
+        table.write(options.json, rows, triton.__version__, **facts)
+    beyond = sum(bool(row["violations"]) for row in rows)
+    print(f"{len(rows)} builds, {beyond} beyond their limits")
+    return 1 if beyond else 0
 
 
 def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Figure]:

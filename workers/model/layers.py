@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from workers.kernels.abi import STRIP
 from workers.kernels.blocking import row_blocks
 from workers.kernels.triton.layer import calls
+from workers.kernels.triton.quant import calls as quantised
 from workers.model import compiled
-from workers.quant.weight import RowStack, Weight, plain
+from workers.quant.weight import QuantizedWeight, RowStack, Weight, plain
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,6 +56,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         sizes = [part.shape[0] for part in weight.parts]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         return torch.cat([linear(x, *part) for part in zip(weight.parts, biases, strict=True)], dim=-1)
+    if isinstance(weight, QuantizedWeight) and quantised.supports(x, weight):
+        return quantised.linear(x, weight, bias)
     weight = plain(weight, x.dtype)
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = torch.mv(weight, x[0])

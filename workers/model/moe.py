@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from protos.stage.messages import Span
 from workers.kernels.triton.layer import calls
+from workers.kernels.triton.quant import calls as quantised
 from workers.model import compiled
 from workers.model.layers import linear, swiglu
 from workers.quant.packed import Experts
-from workers.quant.weight import plain
+from workers.quant.weight import QuantizedWeight, plain
 
 _STEP_TOKENS = 4096  # of one call of the compiled kernel; more would hardly read the weights less often
 
@@ -77,6 +78,12 @@ def run_experts(
         return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
     if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and calls.supports(x.device):
         return calls.run_experts(x, experts, weights, gate_up, down, local.start)
+    if (
+        isinstance(gate_up, QuantizedWeight)
+        and isinstance(down, QuantizedWeight)
+        and quantised.supports(x, gate_up, down)
+    ):
+        return quantised.run_experts(x, experts, weights, gate_up, down, local.start)
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start

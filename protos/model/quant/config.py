@@ -20,6 +20,7 @@ def quant_scheme(config: Fields) -> QuantScheme | None:
     """Return how the checkpoint of a `config.json` is quantised; None for a plain one.
 
     Activations are not quantised while computing, whatever the file says of them: the results are those of its weights.
+    GPUs from 8.9 on are the exception: with FP8 weights they quantise activations as the official recipe does.
 
     Raises ModelConfigError: a method, or a setting of one, that is not read.
     """

@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _tile(totals, tile, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def expert_tile(totals, tile, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the expert of a tile of `ROWS` rows, its first place and its number of rows: 0 or less past the last."""
     e = tl.arange(0, BLOCK)
     total = tl.load(totals + e, mask=e < experts, other=0)
@@ -71,7 +71,7 @@ def grouped_kernel(
     else rows lie in the order of places and are multiplied by `[Er, M, I]`. `DEPTH` and `WIDTH` are `M` and `I` or
     `I` and `M`.
     """
-    expert, start, rows = _tile(totals, tl.program_id(1), experts, ROWS, BLOCK)
+    expert, start, rows = expert_tile(totals, tl.program_id(1), experts, ROWS, BLOCK)
     if rows > 0:
         r, s = tl.arange(0, ROWS), tl.arange(0, STEP)
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -113,6 +113,15 @@ def combine_kernel(rows, places, weights, out, width, TOP_K: tl.constexpr, BLOCK
         row = tl.load(rows + place.to(tl.int64) * width + d, mask=(d < width) & (place >= 0), other=0.0)
         total += weight * row.to(tl.float32)
     tl.store(out + token * width + d, total.to(out.dtype.element_ty), mask=d < width)
+
+
+def combine(rows: torch.Tensor, by_expert: Sorted, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the weighted sums of the rows of places `[N, M]` to `out` `[T, M]`; `weights` are `[T, k]`."""
+    tokens, width = out.shape
+    block = min(_COMBINED, triton.next_power_of_2(width))
+    combine_kernel[(tokens, triton.cdiv(width, block))](
+        rows, by_expert.places, weights, out, width, TOP_K=weights.shape[1], BLOCK=block
+    )
 
 
 def _product(
@@ -183,8 +192,5 @@ def run_experts(
         up, back = tilings or (Tiling.of(*sizes, gated, capability) for gated in (True, False))
         hidden = _product(x, gate_up, by_expert, top_k, up, True)
         rows = _product(hidden, down, by_expert, top_k, back, False)
-    block = min(_COMBINED, triton.next_power_of_2(width))
-    combine_kernel[(tokens, triton.cdiv(width, block))](
-        rows, by_expert.places, weights, out, width, TOP_K=top_k, BLOCK=block
-    )
+    combine(rows, by_expert, weights, out)
     return out

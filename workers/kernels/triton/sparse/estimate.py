@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from workers.kernels.triton.layer.rows import dot_type as dot_type_of
 from workers.kernels.triton.sparse.cells import NUM_CELL_FIELDS, NUM_CHUNK_FIELDS, CellTables, TileShape
 
 SLOTS = tl.constexpr(3)  # tiles of probabilities that a program keeps: two are read while one is written
@@ -244,7 +245,7 @@ def estimate(
 
 def dot_type(keys: torch.Tensor) -> tl.dtype:
     """Return the type that operands of products have: float32 where kernels are interpreted."""
-    return tl.bfloat16 if not keys.is_cpu and keys.dtype == torch.bfloat16 else tl.float32
+    return dot_type_of(keys.dtype)
 
 
 def shared_heads(wanted: int, heads: int, group: int, chunks: int) -> tuple[int, int]:

@@ -1,0 +1,36 @@
+"""Every shipped launch, compiled for GPUs that are not there, keeps its limits."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from workers.bench.builds.launches import compiled_launches
+from workers.bench.builds.limits import Limits, Shipped, violations
+from workers.bench.builds.shipped import shipped
+
+SHIPPED = list(shipped())
+BUILDS = [
+    pytest.param(one, sm, id=f"{one.name}, sm_{sm}", marks=() if sm == 90 else pytest.mark.slow)
+    for one in SHIPPED
+    for sm in one.capabilities
+]
+
+
+@pytest.mark.parametrize(("one", "capability"), BUILDS)
+def test_limits(one: Shipped, capability: int) -> None:
+    launches = compiled_launches(lambda: one.call(capability), capability)
+    # before 8.9 activations are never codes
+    absent = {"quantise_rows_kernel"} if capability < 89 else set()
+    assert set(one.limits) - absent <= {launch.kernel for launch in launches}
+    beyond = {
+        launch.kernel: found
+        for launch in launches
+        if (found := violations(launch.built, one.limits.get(launch.kernel, Limits()), capability))
+    }
+    assert beyond == {}
+
+
+def test_names_are_different() -> None:
+    assert len({one.name for one in SHIPPED}) == len(SHIPPED)

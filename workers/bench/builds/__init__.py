@@ -1,0 +1,1 @@
+"""Kernels of Triton compiled for GPUs that are not there: what shipped launches take, and whether that is allowed."""

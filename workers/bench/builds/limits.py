@@ -1,0 +1,74 @@
+"""Limits of what a compiled kernel may take, and what it must have: the same for every version of Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workers.bench.builds.readback import Built
+
+CAPABILITIES = (80, 90, 100)
+_KILO = 1024
+SHARED = {80: 163 * _KILO, 90: 227 * _KILO, 100: 227 * _KILO}  # bytes a program may have
+_OF_MULTIPROCESSOR = {80: 164 * _KILO, 90: 228 * _KILO, 100: 228 * _KILO}
+_RESERVED = _KILO  # of shared memory, by the system for every program
+_REGISTERS = 65536  # of a multiprocessor
+_THREADS = 32  # of a warp
+_UNITS = {80: ("HMMA",), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}
+_WARP_UNITS = ("HMMA", "QMMA", "IMMA")  # products of one warp, which have fewer rows
+_ALL_UNITS = frozenset((*_WARP_UNITS, *(unit for units in _UNITS.values() for unit in units)))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is asked of a kernel beside no stack and no spills."""
+
+    registers: int = 255
+    together: int = 1  # programs that a multiprocessor must have room for
+    units: str = "any"  # of matrices: `own` of the generation and no others, `some`, or `any`, none included
+    copies: int = 0  # asynchronous copies to shared memory, at least
+    shuffles: int | None = None  # at most
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """Launches as a step of a model makes them: `call` makes them for a compute capability such as 90."""
+
+    name: str
+    call: Callable[[int], object]
+    limits: dict[str, Limits]  # by kernel
+    capabilities: tuple[int, ...] = CAPABILITIES
+
+
+def violations(built: Built, limits: Limits, capability: int) -> list[str]:
+    """Return what a build takes beyond its limits, one line each; empty where all are kept."""
+    found = []
+
+    def check(kept: bool, text: str) -> None:
+        if not kept:
+            found.append(text)
+
+    check(built.stack == 0, f"{built.stack} bytes of stack: none allowed")
+    check(built.count("LDL", "STL") == 0, f"{built.count('LDL', 'STL')} accesses to local memory: none allowed")
+    check(built.registers <= limits.registers, f"{built.registers} registers: at most {limits.registers}")
+    check(built.shared <= SHARED[capability], f"{built.shared} bytes of shared memory: at most {SHARED[capability]}")
+    threads = built.warps * _THREADS
+    check(
+        built.registers * threads * limits.together <= _REGISTERS,
+        f"{built.registers} registers of {threads} threads: {limits.together} programs must fit a multiprocessor",
+    )
+    check(
+        limits.together == 1 or (built.shared + _RESERVED) * limits.together <= _OF_MULTIPROCESSOR[capability],
+        f"{built.shared} bytes of shared memory: {limits.together} programs must fit a multiprocessor",
+    )
+    own = built.count(*_UNITS[capability])
+    products = built.count(*_ALL_UNITS)
+    check(limits.units != "some" or products > 0, "no matrix products")
+    check(
+        limits.units != "own" or 0 < own == products, f"{own} of {products} matrix products by {_UNITS[capability][0]}"
+    )
+    copies = built.count("LDGSTS", "UTMALDG")
+    check(copies >= limits.copies, f"{copies} asynchronous copies: at least {limits.copies}")
+    shuffles = built.count("SHFL")
+    check(limits.shuffles is None or shuffles <= limits.shuffles, f"{shuffles} shuffles: at most {limits.shuffles}")
+    return found
