@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.attention import cuda, flash
 from workers.attention.plan import AttentionPlan
+from workers.bench.cases.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.kv.paged import LayerKV
 
 CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, paged_cell, selections
 from workers.attention import cuda, flash
 from workers.attention.attend import attend
 from workers.attention.plan import AttentionPlan, Selection
+from workers.bench.cases.paged_cells import CELLS, paged_cell, selections
 from workers.kv.paged import LayerKV
 
 CLOSE = {"atol": 4e-6, "rtol": 4e-6}

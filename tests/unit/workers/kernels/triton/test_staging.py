@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CACHES, PagedCell, paged_cell
+from workers.bench.cases.paged_cells import CACHES, PagedCell, paged_cell
 from workers.kernels.triton.staging import Staged, column_room, gather_columns, rows_per_head, stage, staged_bytes
 
 SIZES = (1, 17, 128, 193)
