@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links and make-checkpoint."""
+"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links, gpu, make-checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from protos.node.environment import write_result
+from workers.bench.gpu import command as gpu_command
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
@@ -81,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     )
     links.add_argument("--hidden", type=length, default=2048, help="width of the hidden states (default: 2048)")
     links.add_argument("--chunk", type=length, default=4096, help="tokens of a chunk (default: 4K)")
+    gpu_command.add_options(
+        verbs.add_parser("gpu", help="check and time everything on a GPU, in calls of some minutes; see docs/gpu.md")
+    )
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
@@ -125,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.verb == "make-checkpoint":
             size = write_checkpoint(options.out, layers=options.layers)
             print(f"{options.out}: {size / 1e9:.2f} GB of weights")
+        elif options.verb == "gpu":
+            return gpu_command.run(options)
         else:
             _run(options)
     except (ValueError, ModuleNotFoundError) as error:
