@@ -18,6 +18,7 @@ _QUERY = (
     "name", "driver_version", "vbios_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
     "power.draw", "power.limit", "temperature.gpu", "memory.total", "memory.used", "ecc.mode.current",
 )  # fmt: skip
+_LEAST = "name", "driver_version", "clocks.sm", "clocks.mem"
 _PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "numpy", "pytest")
 _BUSY_PRODUCTS = 300  # about half a second, while clocks are read
 
@@ -34,11 +35,13 @@ def smi() -> Line:
     path = shutil.which("nvidia-smi")
     if path is None:
         return {}
-    command = [path, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode:
-        return {"error": done.stderr.strip()[-200:] or done.stdout.strip()[-200:]}
-    return dict(zip(_QUERY, (part.strip() for part in done.stdout.splitlines()[0].split(",")), strict=False))
+    done = None
+    for query in (_QUERY, _LEAST):  # an older one does not know every name
+        command = [path, f"--query-gpu={','.join(query)}", "--format=csv,noheader", "--id=0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return dict(zip(query, (part.strip() for part in done.stdout.splitlines()[0].split(",")), strict=False))
+    return {"error": (done.stderr or done.stdout).strip()[-200:] if done else ""}
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ STAGES = ("env", "checks", "kernels", "tune", "prefill", "decode")
 
 def add_options(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    verb.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)} (default: all)")
+    verb.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)}, in this order (default: all)")
     verb.add_argument("--out", type=Path, metavar="FILE", help="lines of JSON; what it has done is not done again")
     verb.add_argument("--minutes", type=float, default=9.0, help="end after so many (default: 9); call again to go on")
     verb.add_argument("--rehearse", action="store_true", help="run everything tiny on a CPU, and measure nothing")
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds no GPU here; --rehearse runs everything tiny on a CPU")
     read_lines(options.out)
-    stages = [stage for stage in STAGES if not options.stages or stage in options.stages]
+    stages = list(dict.fromkeys(options.stages)) or list(STAGES)
     if options.child is not None:
         return _child(options, stages)
     journal = Journal(options.out, uuid.uuid4().hex[:8], options.rehearse)

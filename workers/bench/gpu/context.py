@@ -48,8 +48,8 @@ class Sizes:
 
 
 TINY = Sizes(
-    heads=4, kv_heads=2, dims=(16,), hidden=32, experts=8, top_k=2, inter=16, vocab=97, cell=64, step=40, short=192,
-    middle=320, long=448, page=16, near=64, offsets=112, columns=24, last_q=17, matmul=32, copied=4096,
+    heads=2, kv_heads=1, dims=(16,), hidden=32, experts=4, top_k=2, inter=16, vocab=97, cell=32, step=24, short=96,
+    middle=160, long=224, page=16, near=32, offsets=88, columns=24, last_q=17, matmul=32, copied=4096,
 )  # fmt: skip
 
 
@@ -97,12 +97,15 @@ class Context:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def time(self, call: Callable[[], object], flop: float = 0.0, moved: float = 0.0) -> Line:
+    def time(
+        self, call: Callable[[], object], flop: float = 0.0, moved: float = 0.0, captured: bool = False
+    ) -> Line:  # fmt: skip
         """Measure a call, after one that compiles: milliseconds, and the rates that follow from its work.
 
         Args:
             flop: floating point operations of a call.
             moved: bytes that it reads and writes.
+            captured: replay a CUDA graph of it, as launches from the host would take longer than the kernels.
 
         Returns:
             `ms` (median), `low`, `high`, `repeats`, and `tflops` or `gbs` with their shares of this card's ceilings.
@@ -111,6 +114,13 @@ class Context:
         self.synchronize()
         if self.rehearsal:
             return self.rates([], flop, moved)
+        if captured and self.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            call = graph.replay
+            call()
+            self.synchronize()
         began = time.perf_counter()
         call()
         self.synchronize()

@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
 def _given(context: Context, spec: SparseSpec) -> DeviceCells:
     """Return cells whose keys and queries have the type of the device."""
     if context.rehearsal:
-        shapes = [Shape(192, 83, distance=96, last_q=17), Shape(0, 67, last_q=17)]
+        shapes = [Shape(192, 67, distance=96, last_q=17, heads=2, kv_heads=1, dim=16)]
         return device_cells(shapes, spec, device=context.device)
     shapes = [
         Shape(start, length, distance, 64, 64, 16, 4, 128, torch.bfloat16)

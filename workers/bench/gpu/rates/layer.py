@@ -53,7 +53,7 @@ def _experts(context: Context, tokens: int, kernel: str) -> Line:
     with mock.patch.object(module, "prefers_library", answer):
         found = context.time(
             lambda: calls.run_experts(x, chosen, weights, gate_up, down, 0),
-            flop if tokens > 64 else 0.0, 0.0 if tokens > 64 else used,
+            flop if tokens > 64 else 0.0, 0.0 if tokens > 64 else used, captured=tokens <= 64,
         )  # fmt: skip
     entries = tokens * sizes.top_k
     capability = calls._capability(context.device)

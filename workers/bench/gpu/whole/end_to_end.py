@@ -53,8 +53,8 @@ def prompts(context: Context) -> Iterator[tuple[Prompt, float]]:
     """Yield prompts and the seconds that are needed to begin one: about what the slowest target allows."""
     if context.rehearsal:
         for sparse in (False, True):
-            yield Prompt(200, sparse, _INT8, chunks=sparse), 1
-        yield Prompt(192, False, _INT8, last_step=True), 1
+            yield Prompt(100 if sparse else 40, sparse, _INT8, chunks=sparse), 1
+        yield Prompt(60, False, _INT8, last_step=True), 1
         return
     yield Prompt(1 << 17, False, None), 40
     yield Prompt(1 << 17, False, _INT8), 40
@@ -76,7 +76,7 @@ def prefill_cases(context: Context) -> Iterator[Case]:
 def decode_cases(context: Context) -> Iterator[Case]:
     """Yield the cases of stage `decode`."""
     yield Case("decode", "launches of a step", _decode_launches, 20, 120)
-    lengths = (100,) if context.rehearsal else (4096, 1 << 17, 1 << 20)
+    lengths = (50,) if context.rehearsal else (4096, 1 << 17, 1 << 20)
     for keys in lengths:
         for cache in (_INT8, None):
             if cache is None and keys == 1 << 20:
@@ -176,7 +176,7 @@ def _density(feed: SequenceFeed) -> float | None:
 def _prefill_launches(context: Context) -> Line:
     """Count the kernels of the second step of a prompt: dense and sparse."""
     found: Line = {}
-    for sparse in (False, True):
+    for sparse in (True,) if context.rehearsal else (False, True):
         spec, step = attention_spec(context, sparse, False), _step_of(context, sparse)
         with ExitStack() as stack:
             stack.enter_context(on_interpreted_kernels(context))

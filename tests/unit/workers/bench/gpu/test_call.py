@@ -75,7 +75,8 @@ def test_cases_are_run_once_and_a_failure_costs_no_other(tmp_path: Path) -> None
     assert run_cases(context_of(path), cases) == TIME_IS_OVER
     lines = read_lines(path)
     assert [(line["case"], line["state"]) for line in lines] == [
-        ("bad", "begun"), ("bad", "failed"), ("parts", "begun"), ("parts", "part"), ("parts", "part"), ("parts", "done"),
+        ("bad", "begun"), ("bad", "failed"), ("parts", "begun"), ("parts", "part"), ("parts", "part"),
+        ("parts", "done"),
     ]  # fmt: skip
     assert "wrong by 0.5" in lines[1]["error"]
     assert [line["seconds"] for line in lines[3:]] == [1, 2, 2]

@@ -42,7 +42,7 @@ def test_every_stage_runs_to_its_end_in_a_rehearsal(tmp_path: Path) -> None:
         for parts in ("parts_s", "parts_ms"):
             assert set(line.get(parts, {}).values()) <= {None}
     by_name = {(line["stage"], line["case"]): line for line in finished}
-    sparse = by_name["prefill", "200 sparse, int8 KV"]
+    sparse = by_name["prefill", "100 sparse, int8 KV"]
     assert {"attention", "estimate", "selection", "recall", "staging", "experts", "rest"} <= set(sparse["parts_s"])
     assert 0 < sparse["density"] <= 1
     assert sparse["missing"] == []
