@@ -20,7 +20,9 @@ STAGES = ("env", "checks", "kernels", "tune", "prefill", "decode")
 
 def add_options(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    verb.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)}, in this order (default: all)")
+    verb.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)}, in this order (default: all)"
+    )
     verb.add_argument("--out", type=Path, metavar="FILE", help="lines of JSON; what it has done is not done again")
     verb.add_argument("--minutes", type=float, default=9.0, help="end after so many (default: 9); call again to go on")
     verb.add_argument("--rehearse", action="store_true", help="run everything tiny on a CPU, and measure nothing")

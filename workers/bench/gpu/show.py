@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.attention import cards
 from workers.bench.gpu.journal import Line, read_lines
 
 Found = Mapping[tuple[str, str], Line]
@@ -38,13 +40,16 @@ def _at(stage: str, case: str, name: str, factor: float = 1.0) -> Callable[[Foun
 
 
 def _best_of_libraries(found: Found) -> float | None:
-    """Return the rate of what is shipped over the fastest one tried: of the table's choice, at 1M keys."""
-    rates = {
-        name: found.get(("kernels", f"dense {name} 1M D 128"), {}).get("tflops")
-        for name in ("own", "cudnn", "flash", "flash-attn")
-    }
+    """Return the rate of what is used over that of the fastest one tried, at 1M keys.
+
+    Used is what the table of cards names, else the first of flash-attn, cuDNN and our own that runs.
+    """
+    rates = {name: found.get(("kernels", f"dense {name} 1M D 128"), {}).get("tflops") for name in cards.LIBRARIES}
     known = {name: rate for name, rate in rates.items() if rate}
-    shipped = known.get("flash-attn") or known.get("cudnn") or known.get("own")
+    table = json.loads(cards.TABLE.read_text(encoding="utf-8"))
+    named = table.get(found.get(("env", "card"), {}).get("name"), {}).get("128", {}).get("dense")
+    order = (cards.FLASH_ATTN, cards.CUDNN, cards.OWN) if named is None else (named,)
+    shipped = next((known[name] for name in order if name in known), None)
     return shipped / max(known.values()) if known and shipped else None
 
 

@@ -20,7 +20,7 @@ from workers.bench.cases.experts import run_experts_reference
 from workers.bench.cases.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.bench.gpu.context import Case, Context
 from workers.bench.gpu.journal import Line
-from workers.bench.gpu.rates.attention import FP8
+from workers.bench.gpu.rates.attention import FP8, runs_here
 from workers.kernels.triton.layer import calls
 from workers.kernels.triton.lists import TILES
 from workers.kv.paged import LayerKV, PagedKV, SlotRun
@@ -133,6 +133,8 @@ def _staging(cache: torch.dtype, dim: int, context: Context) -> Line:
 
 
 def _dense(cache: torch.dtype, dim: int, library: str, context: Context) -> Line:
+    if not runs_here(context, library, dim):
+        return {"ok": None, "why": f"{library} does not run here"}
     worst = Worst()
     for at in _cells(context, cache):
         cell, there = _cell(context, at, cache, dim, 8, one_scale=library != cards.OWN)

@@ -116,21 +116,24 @@ def _staging(context: Context, cache: torch.dtype) -> Line:
     return found | {"keys": sizes.long, "bytes": moved, "pages": "in disorder"}
 
 
-def run_dense(context: Context, library: str, keys: int, dim: int) -> Line:
-    """Time dense attention of the last rows of a context, by our own kernel or through a library.
+def runs_here(context: Context, library: str, dim: int) -> bool:
+    """Return whether a library has a kernel for the device, and not another one would run in its place."""
+    if context.rehearsal or library not in (cards.CUDNN, cards.FLASH_ATTN):
+        return True
+    check = flash.supports_flash_attn if library == cards.FLASH_ATTN else flash.has_fast_kernel
+    with cards.using(library):
+        return check(context.device, context.dtype, dim)
 
-    Raises:
-        RuntimeError: the library cannot run here.
-    """
+
+def run_dense(context: Context, library: str, keys: int, dim: int) -> Line:
+    """Time dense attention of the last rows of a context, by our own kernel or through a library."""
     sizes = context.sizes
     rows = min(sizes.cell, keys)
     plan, scales = AttentionPlan(keys - rows, rows), torch.full((rows,), dim**-0.5)
     q, staged = random_queries(context, rows, dim), staged_context(context, keys, dim)
     with cards.using(library):
-        if library in (cards.CUDNN, cards.FLASH_ATTN) and not context.rehearsal:
-            check = flash.supports_flash_attn if library == cards.FLASH_ATTN else flash.has_fast_kernel
-            if not check(context.device, context.dtype, dim):
-                return {"ok": False, "why": f"{library} does not run here"}
+        if not runs_here(context, library, dim):
+            return {"ok": False, "why": f"{library} does not run here"}
         found = context.time(
             lambda: cuda.attend_dense(q, staged, plan, scales, library=library != cards.OWN),
             4.0 * plan.causal_pairs * sizes.heads * dim,

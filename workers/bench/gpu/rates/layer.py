@@ -38,6 +38,7 @@ def cases(context: Context) -> Iterator[Case]:
 
 def _experts(context: Context, tokens: int, kernel: str) -> Line:
     """Time the weighted sum of experts of rows that are spread evenly by random logits."""
+    from workers.kernels.triton.blocks import Target
     from workers.kernels.triton.layer import experts as module
 
     sizes = context.sizes
@@ -56,7 +57,7 @@ def _experts(context: Context, tokens: int, kernel: str) -> Line:
             flop if tokens > 64 else 0.0, 0.0 if tokens > 64 else used, captured=tokens <= 64,
         )  # fmt: skip
     entries = tokens * sizes.top_k
-    capability = calls._capability(context.device)
+    capability = Target.of(context.device).capability
     is_library = kernel == "library" or (
         kernel != "own" and shipped(entries, sizes.experts, x.dtype, capability)
     )  # fmt: skip
