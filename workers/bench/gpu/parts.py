@@ -117,10 +117,9 @@ def count_launches(call: Callable[[], object], device: torch.device) -> int | No
     if device.type != "cuda":
         call()
         return None
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+    return sum(event.device_type.name == "CUDA" for event in profiled.events())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -114,11 +115,8 @@ def stated(pattern: Pattern, device: torch.device) -> Iterator[Recorder]:
         kept = drawn[id(tables)][1]
         return kept.columns_as(selected) if room else kept.offsets_as(selected)
 
-    selection.compact = compact
-    try:
+    with mock.patch.object(selection, "compact", compact):
         yield drawing
-    finally:
-        selection.compact = original
 
 
 def _offsets(pattern: Pattern, stop: int, width: int, generator: torch.Generator) -> torch.Tensor:

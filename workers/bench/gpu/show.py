@@ -59,11 +59,11 @@ def _sparse_gain(found: Found) -> float | None:
     Staging is done once for the four cells of a step.
     """
     dense = found.get(("kernels", "dense own 1M D 128"), {}).get("ms")
-    parts = [
-        found.get(("kernels", name), {}).get("ms")
+    parts: list[float] = [
+        found.get(("kernels", name), {}).get("ms") or 0.0
         for name in ("vertical-slash 1M, pattern 1", "estimate, selection, recall 1M", "staging 1M int8")
     ]
-    if dense is None or any(part is None for part in parts):
+    if dense is None or not all(parts):
         return None
     attention, selection, staging = parts
     return dense / (attention + selection + staging / 4)

@@ -250,21 +250,20 @@ def _stored(layer: LayerKV, rows: int) -> list[torch.Tensor]:
 
 
 def _experts(context: Context) -> Line:
-    worst = Worst()
+    worst, count = Worst(), 4 if context.rehearsal else 32
     for tokens in (17,) if context.rehearsal else (1, 17, 193, 2048):
         torch.manual_seed(tokens)
-        gate_up, down = (
-            (torch.randn(32, 256, 64) / 8).to(context.dtype),
-            (torch.randn(32, 64, 128) / 11).to(context.dtype),
-        )
-        x, logits = torch.randn(tokens, 64).to(context.dtype), torch.randn(tokens, 32)
+        gate_up = (torch.randn(count, 256, 64) / 8).to(context.dtype)
+        down = (torch.randn(count, 64, 128) / 11).to(context.dtype)
+        x, logits = torch.randn(tokens, 64).to(context.dtype), torch.randn(tokens, count)
         moved = [one.to(context.device) for one in (x, gate_up, down, logits)]
         chosen, weights = calls.route(moved[3], 4, True)
         got = calls.run_experts(moved[0], chosen, weights, moved[1], moved[2], 0)[:200].cpu()
         few, ids, shares = x[:200], chosen[:200].cpu(), weights[:200].cpu()
-        twin = run_experts_twin(few, ids, shares, gate_up, down, Span(0, 32))
-        wide = [one.float() for one in (gate_up, down)]
-        worst.compare(tokens, got, twin, run_experts_reference(few.float(), ids, shares, *wide, Span(0, 32)))
+        local = Span(0, count)
+        twin = run_experts_twin(few, ids, shares, gate_up, down, local)
+        wanted = run_experts_reference(few.float(), ids, shares, gate_up.float(), down.float(), local)
+        worst.compare(tokens, got, twin, wanted)
     return worst.line()
 
 
@@ -291,8 +290,8 @@ def _rows(context: Context) -> Line:
         torch.randn(193, 2048, generator=torch.Generator().manual_seed(one)).to(context.dtype) for one in (1, 2)
     )
     weight = torch.rand(2048, generator=torch.Generator().manual_seed(3)).to(context.dtype)
-    moved = [one.to(context.device) for one in (x, delta.clone(), weight)]
-    total, normed = calls.add_rms_norm(*moved, 1e-6)
+    there = delta.clone().to(context.device)
+    total, normed = calls.add_rms_norm(x.to(context.device), there, weight.to(context.device), 1e-6)
     worst.equal("sum", total, x + delta)
     wanted = F.rms_norm((x + delta).double(), (2048,), weight.double(), 1e-6)
     worst.compare("norm", normed, wanted.to(context.dtype), wanted)

@@ -182,11 +182,13 @@ def _prefill_launches(context: Context) -> Line:
             stack.enter_context(on_interpreted_kernels(context))
             if sparse:
                 stack.enter_context(stated(patterns(context.sizes)[0], context.device))
-            runner = runner_of(context, spec, 2 * step, _INT8)
-            ids = prompt(spec, 2 * step)
-            feed = SequenceFeed(runner, context.sizes.page, 2 * step)
-            feed.take(ids[:step], sample=False)
-            launches = count_launches(partial(feed.take, ids[step:]), context.device)
+            first = 0 if context.rehearsal else step
+            runner = runner_of(context, spec, first + step, _INT8)
+            ids = prompt(spec, first + step)
+            feed = SequenceFeed(runner, context.sizes.page, first + step)
+            if first:
+                feed.take(ids[:first], sample=False)
+            launches = count_launches(partial(feed.take, ids[first:]), context.device)
         name = "sparse" if sparse else "dense"
         found[name] = launches
         found[f"{name}_a_layer"] = None if launches is None else launches / spec.num_hidden_layers
