@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.attention import cuda, flash
 from workers.attention.cuda import RowScales
 from workers.attention.plan import AttentionPlan
+from workers.bench.cases.paged_cells import CELLS, PagedCell, paged_cell, selections
 from workers.kv.paged import LayerKV
 
 CACHES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
@@ -83,7 +83,7 @@ def test_selections(start: int, rows: int, distance: int, tiles: tuple[int, ...]
     lists = [cuda.plan_lists(cell.plan, tile, device) for tile in tiles]
     staged = cuda.stage(there.kv, there.table, start + rows)
     got, visited = cuda.attend_lists(there.q, staged, cell.plan, RowScales.of(cell.scales, device), lists)
-    twin = cuda.executed_plan(cell.plan, tiles)
+    twin = cuda.executed_plan(cell.plan, tiles, cuda.tile_rates(device, dim))
     assert visited.tolist() == [twin.visited_pairs(head) for head in range(6)]
     check(got, cell.reference(twin))
 

@@ -9,13 +9,13 @@ import torch
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
-from tests.support.oracles.attention import attend_reference
-from tests.support.oracles.experts import run_experts_reference
 from tests.support.paths import NEEDLE
 from workers.attention import flash as flash_module
 from workers.attention.flash import flash, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Queries, Selection
 from workers.attention.torch_backend import attend
+from workers.bench.cases.attention import attend_reference
+from workers.bench.cases.experts import run_experts_reference
 from workers.kv.paged import PagedKV, PageTable, quantise
 from workers.model.moe import run_experts
 from workers.model.weights import load_shard

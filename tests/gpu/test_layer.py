@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.attention import attend_reference
-from tests.support.oracles.experts import run_experts_reference
 from workers.attention.plan import AttentionPlan, Queries
+from workers.bench.cases.attention import attend_reference
+from workers.bench.cases.experts import run_experts_reference
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV, SlotRun
 from workers.model.rope import CosSin, norm_and_rotate_

@@ -13,13 +13,13 @@ Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim, `S` context lengt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from workers.attention import flash, torch_backend
+from workers.attention import cards, flash, torch_backend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 from workers.kernels.device import moved, runs_triton
 from workers.kernels.triton.lists import TILES, CellLists, Rows, cell_lists, choose_tiles, most_blocks
@@ -70,13 +70,17 @@ def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     family = flash.compute_family(device, dtype, dim)
     if not _takes(device, dtype, dim):
         return family
-    rates = tile_rates(device)
+    rates = tile_rates(device, dim)
     return "-".join([family, "triton", *(str(rates[tile]) for tile in TILES)])
 
 
-def tile_rates(device: torch.device) -> dict[int, int]:
-    """Return how many pairs a device computes in the same time with tiles of so many rows, for all of `TILES`."""
-    return _TILE_RATES
+def tile_rates(device: torch.device, dim: int) -> dict[int, int]:
+    """Return how many pairs of heads of `dim` a device computes in a time with tiles of so many rows, for all `TILES`.
+
+    Those that were measured on the card (`cards.json`), else the ones that are assumed.
+    """
+    measured = {tile: round(rate) for tile, rate in cards.tile_rates(device, dim).items()}
+    return measured if all(measured.get(tile) for tile in TILES) else _TILE_RATES
 
 
 def attend(
@@ -163,7 +167,7 @@ def attend_lists(
     from workers.kernels.triton.tiles import choose_tiles as choose_on_device
 
     rows, heads, device = plan_rows(plan), q.intra.shape[1], q.intra.device
-    group, rates = heads // staged.kv_heads, tile_rates(device)
+    group, rates = heads // staged.kv_heads, tile_rates(device, q.intra.shape[2])
     sides = QuerySides(q.intra, q.succ, q.inter)
     head_tiles, order, visited = choose_on_device(lists, rows, [rates[one.tile] for one in lists])
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device)
@@ -195,14 +199,19 @@ def plan_lists(plan: AttentionPlan, tile: int = TILES[0], device: torch.device |
     return cell_lists(offsets, columns, plan.start + plan.length, tile, device)
 
 
-def executed_plan(plan: AttentionPlan, tiles: Sequence[int] = TILES) -> AttentionPlan:
-    """Return a plan of the pairs that these kernels visit on the device of no card in particular.
+def executed_plan(
+    plan: AttentionPlan, tiles: Sequence[int] = TILES, rates: Mapping[int, int] = _TILE_RATES
+) -> AttentionPlan:
+    """Return a plan of the pairs that these kernels visit, by default on a card that was not measured.
 
     Tiles are whole ones, of one of the given sizes for each head, and heads with most keys in blocks are dense.
+
+    Args:
+        rates: the `tile_rates` of the card.
     """
     if plan.heads is None:
         return plan
-    lists, rates = [plan_lists(plan, tile) for tile in tiles], tile_rates(torch.device("cpu"))
+    lists = [plan_lists(plan, tile) for tile in tiles]
     head_tiles = choose_tiles(lists, plan_rows(plan), [rates[tile] for tile in tiles]).head_tiles.tolist()
     everything = Selection.everything(plan.start + plan.length)
     heads = (head if tile else everything for head, tile in zip(plan.heads, head_tiles, strict=True))

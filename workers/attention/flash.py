@@ -4,7 +4,7 @@ flash-attn (the extra `cuda`) takes float16 and bfloat16 on CUDA devices from Am
 once for all query heads of its group, where PyTorch's CUDA operators want as many KV heads as query heads.
 
 PyTorch has two for 16-bit types: that of cuDNN is the faster one on Hopper, and is used where it agrees with plain
-PyTorch on a small input.
+PyTorch on a small input. Where a card was measured, `cards` says which of all these is used.
 
 Limits: none of the CUDA paths has been run on a GPU yet. The call of flash-attn is tested on the CPU against plain
 PyTorch code with the documented contract of `flash_attn_func` (2.1 or later).
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from workers.attention import cards
 from workers.kernels.build import kernel_family
 
 _AMPERE = (8, 0)  # compute capability
@@ -51,9 +52,13 @@ def flash(
 
 
 def supports_flash_attn(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Return whether flash-attn is installed and takes queries of this device, type and head dim."""
+    """Return whether flash-attn is installed and takes queries of this device, type and head dim.
+
+    It is left alone on cards on which another kernel is known to be faster.
+    """
     return (
         device.type == "cuda"
+        and cards.dense_library(device, dim) in (None, cards.FLASH_ATTN)
         and dtype in (torch.float16, torch.bfloat16)
         and dim <= _MAX_DIM
         and torch.cuda.get_device_capability(device) >= _AMPERE
@@ -62,10 +67,16 @@ def supports_flash_attn(device: torch.device, dtype: torch.dtype, dim: int) -> b
 
 
 def has_fast_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Return whether `flash` has a kernel for this type and dim that is made for the device, and not a general one."""
+    """Return whether `flash` has a kernel for this type and dim that is made for the device, and not a general one.
+
+    Where a card was measured: whether one of a library was the fastest.
+    """
     if supports_flash_attn(device, dtype, dim):
         return True
-    return device.type != "cpu" and dtype in (torch.float16, torch.bfloat16) and _cudnn_works(device, dtype, dim)
+    if device.type == "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    named = cards.dense_library(device, dim)
+    return named == cards.FLASH or (named != cards.OWN and _cudnn_works(device, dtype, dim))
 
 
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -133,7 +144,7 @@ def _operator(
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
         )
-    elif _cudnn_works(q.device, q.dtype, q.shape[3]):
+    elif cards.dense_library(q.device, q.shape[3]) != cards.FLASH and _cudnn_works(q.device, q.dtype, q.shape[3]):
         out, lse = _cudnn(q, k, v, causal, scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links, compile and others."""
+"""Command line of the benchmarks: kernels, quantized, prefill, decode, links, gpu, compile and others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from protos.node.environment import write_result
+from workers.bench.gpu import command as gpu_command
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     )
     builds.add_argument("--sm", type=int, choices=(80, 90, 100), help="one compute capability (default: all)")
     builds.add_argument("--only", default="", metavar="TEXT", help="launches with TEXT in their name (default: all)")
+    gpu_command.add_options(
+        verbs.add_parser("gpu", help="check and time everything on a GPU, in calls of some minutes; see docs/gpu.md")
+    )
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
@@ -134,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{options.out}: {size / 1e9:.2f} GB of weights")
         elif options.verb == "compile":
             return _compile(options)
+        elif options.verb == "gpu":
+            return gpu_command.run(options)
         else:
             _run(options)
     except (ValueError, ModuleNotFoundError) as error:

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from tests.support.data.selections import random_selection
-from tests.support.oracles.attention import attend_reference, tile_pairs
 from workers.attention import compiled
 from workers.attention.attend import attend
 from workers.attention.plan import AttentionPlan, Queries
+from workers.bench.cases.attention import attend_reference, tile_pairs
+from workers.bench.cases.selections import random_selection
 from workers.kv.paged import LayerKV, PageTable
 
 

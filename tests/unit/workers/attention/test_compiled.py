@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.oracles.attention import attend_reference, tile_pairs
 from workers.attention import compiled
 from workers.attention.plan import AttentionPlan, Queries, Selection
+from workers.bench.cases.attention import attend_reference, tile_pairs
 from workers.kernels.abi import Path
 from workers.kernels.build import best_path, compiler
 from workers.kv.paged import LayerKV, PageTable, quantise

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, paged_cell, selections
-from workers.attention import cuda, flash
+from workers.attention import cards, cuda, flash
 from workers.attention.attend import attend
 from workers.attention.cuda import RowScales
 from workers.attention.plan import AttentionPlan, Selection
+from workers.bench.cases.paged_cells import CELLS, paged_cell, selections
 from workers.kernels.triton import staging
 from workers.kv.paged import LayerKV
 
@@ -158,7 +158,7 @@ def test_kv_of_these_kernels_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     gpu = torch.device("cuda")
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton-10-7"
     assert cuda.compute_family(gpu, torch.float32, 128) == "cuda-9.0"
-    monkeypatch.setattr(cuda, "_TILE_RATES", {128: 3, 64: 2})
+    monkeypatch.setattr(cards, "tile_rates", lambda *_: {128: 3.1, 64: 2.0})
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton-3-2", "other tiles, other pairs"
     monkeypatch.setattr("workers.kernels.device.has_triton", lambda: False)
     assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0"

@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.support.oracles.attention import attend_reference
 from workers.attention import flash as module
 from workers.attention import torch_backend
 from workers.attention.flash import compute_family, flash, has_fast_kernel, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Queries
+from workers.bench.cases.attention import attend_reference
 from workers.kernels.build import kernel_family
 from workers.kv.paged import PagedKV, PageTable
 

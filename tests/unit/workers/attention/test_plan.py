@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from tests.support.data.selections import random_selection
-from tests.support.oracles.attention import UNVISITED, plan_tags, tile_pairs
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
+from workers.bench.cases.attention import UNVISITED, plan_tags, tile_pairs
+from workers.bench.cases.selections import random_selection
 
 DISTANCE = 64
 BORDERS = [(0, 64), (63, 1), (64, 1), (64, 17), (127, 1), (128, 1), (128, 64), (130, 61), (448, 64), (455, 1)]

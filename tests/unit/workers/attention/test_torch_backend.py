@@ -9,11 +9,11 @@ import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
 from tests.support.data.dual_chunk import pairwise_attention, relative_positions
-from tests.support.data.selections import random_selection
-from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags
 from workers.attention import torch_backend
 from workers.attention.attend import attend
 from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
+from workers.bench.cases.attention import UNVISITED, attend_reference, plan_tags
+from workers.bench.cases.selections import random_selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.model.rope import Rotary, norm_and_rotate_
 

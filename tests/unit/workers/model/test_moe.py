@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.experts import run_experts_reference
+from workers.bench.cases.experts import run_experts_reference
 from workers.model.moe import route, run_experts
 
 HIDDEN, INTER, EXPERTS = 24, 16, 8

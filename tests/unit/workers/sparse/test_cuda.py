@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from protos.model.spec import HeadBudget, SparseSpec
-from tests.support.data.sparse_cells import Shape
-from tests.support.device_cells import LAYER, DeviceCells, device_cells
 from workers.attention.plan import Queries
+from workers.bench.cases.device_cells import LAYER, DeviceCells, device_cells
+from workers.bench.cases.sparse_cells import Shape
 from workers.kernels.triton.lists import CellLists, cell_lists
 from workers.kernels.triton.sparse import selection
 from workers.sparse import cuda, vertical_slash

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.data.sparse_cells import Shape, attention, column_and_offset_sums, kept_mass, random_cell
 from workers.attention.plan import Selection
+from workers.bench.cases.sparse_cells import Shape, attention, column_and_offset_sums, kept_mass, random_cell
 from workers.sparse.estimate import Estimate
 from workers.sparse.selection import offset_mask
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from protos.model.spec import HeadBudget
-from tests.support.data.sparse_cells import Shape, random_cell
 from workers.attention.plan import Selection
+from workers.bench.cases.sparse_cells import Shape, random_cell
 from workers.kernels import build
 from workers.kernels.abi import Path
 from workers.sparse import selection, vertical_slash

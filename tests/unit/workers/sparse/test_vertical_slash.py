@@ -14,7 +14,8 @@ import pytest
 
 from protos.model.grid import split
 from protos.model.spec import HeadBudget, ModelSpec, SparseSpec
-from tests.support.data.sparse_cells import (
+from tests.support.paths import ROOT
+from workers.bench.cases.sparse_cells import (
     Shape,
     attention,
     column_and_offset_sums,
@@ -23,7 +24,6 @@ from tests.support.data.sparse_cells import (
     random_cell,
     with_heads,
 )  # fmt: skip
-from tests.support.paths import ROOT
 from workers.kernels import build
 from workers.sparse import vertical_slash
 from workers.sparse.estimate import Estimate
@@ -212,7 +212,7 @@ def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
 MEASURE = """
 import gc, json, sys, torch
 from protos.model.spec import HeadBudget
-from tests.support.data.sparse_cells import Shape, random_cell
+from workers.bench.cases.sparse_cells import Shape, random_cell
 from workers.sparse.vertical_slash import choose
 
 def status(key):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.support.oracles.paged_cells import CELLS, PagedCell, paged_cell
 from workers.attention.cuda import plan_rows, stage
+from workers.bench.cases.paged_cells import CELLS, PagedCell, paged_cell
 from workers.kernels.triton.blocks import QuerySides, Target
 from workers.kernels.triton.dense_attention import block_keys, dense_attention
 

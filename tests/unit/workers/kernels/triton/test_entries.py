@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, selections
 from workers.attention.cuda import plan_lists, plan_rows
 from workers.attention.plan import AttentionPlan, Rotation, Selection
+from workers.bench.cases.paged_cells import CELLS, selections
 from workers.kernels.triton.entries import Entries, entry_bytes, entry_room, fill_entries
 from workers.kernels.triton.staging import Staged, column_room, rows_per_head
 

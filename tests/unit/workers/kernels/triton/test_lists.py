@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CELLS, selections
 from workers.attention.plan import AttentionPlan, Rotation, Selection
+from workers.bench.cases.paged_cells import CELLS, selections
 from workers.kernels.triton.lists import BLOCK, CellLists, Rows, block_keys, cell_lists, choose_tiles, most_blocks
 
 

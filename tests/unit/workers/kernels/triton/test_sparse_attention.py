@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.support.oracles.paged_cells import CELLS, paged_cell, selections
 from workers.attention.cuda import plan_lists, plan_rows, stage
 from workers.attention.plan import AttentionPlan
+from workers.bench.cases.paged_cells import CELLS, paged_cell, selections
 from workers.kernels.triton.blocks import QuerySides, Target
 from workers.kernels.triton.entries import fill_entries
 from workers.kernels.triton.sparse_attention import sparse_attention

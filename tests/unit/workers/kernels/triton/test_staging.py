@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.oracles.paged_cells import CACHES, PagedCell, paged_cell
+from workers.bench.cases.paged_cells import CACHES, PagedCell, paged_cell
 from workers.kernels.triton.lists import CellLists
 from workers.kernels.triton.staging import (
     MOST_KEYS,

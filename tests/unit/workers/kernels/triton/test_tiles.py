@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from tests.support.data.selections import random_selection
-from tests.support.oracles.paged_cells import CELLS, selections
 from workers.attention.plan import Selection
+from workers.bench.cases.paged_cells import CELLS, selections
+from workers.bench.cases.selections import random_selection
 from workers.kernels.triton import tiles
 from workers.kernels.triton.lists import Rows, cell_lists, choose_tiles
 

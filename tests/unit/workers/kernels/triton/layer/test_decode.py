@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.support.oracles.attention import attend_reference
 from workers.attention.plan import AttentionPlan, Queries
+from workers.bench.cases.attention import attend_reference
 from workers.kernels.triton.layer.decode import Rows, attend_rows, count_splits
 from workers.kv.paged import LayerKV, quantise
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.experts import run_experts_reference
+from workers.bench.cases.experts import run_experts_reference
 from workers.kernels.triton.layer import experts as module
 from workers.kernels.triton.layer.experts import Tiling, prefers_library, run_experts
 from workers.kernels.triton.layer.routing import route

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from protos.model.spec import SparseSpec
-from tests.support.data.sparse_cells import Shape, attention, column_and_offset_sums
-from tests.support.device_cells import device_cells
+from workers.bench.cases.device_cells import device_cells
+from workers.bench.cases.sparse_cells import Shape, attention, column_and_offset_sums
 from workers.kernels.triton.sparse.estimate import estimate, shared_heads
 
 HALF = 1e-3  # probabilities on their way to a diagonal have 11 bits

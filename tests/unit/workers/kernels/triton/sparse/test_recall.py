@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from protos.model.spec import SparseSpec
-from tests.support.data.sparse_cells import Shape, attention, kept_mass
-from tests.support.device_cells import DeviceCells, device_cells
 from workers.attention.plan import Selection
+from workers.bench.cases.device_cells import DeviceCells, device_cells
+from workers.bench.cases.sparse_cells import Shape, attention, kept_mass
 from workers.kernels.triton.sparse.estimate import estimate
 from workers.kernels.triton.sparse.recall import held_out_shares, overlap
 from workers.kernels.triton.sparse.selection import Kept

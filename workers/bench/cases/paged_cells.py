@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from tests.support.data.selections import random_selection
-from tests.support.oracles.attention import attend_reference
 from workers.attention.plan import AttentionPlan, Queries, Selection
+from workers.bench.cases.attention import attend_reference
+from workers.bench.cases.selections import random_selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 
 # start, rows and DCA distance: rows of every size, behind borders of tiles, pages and DCA chunks
@@ -41,6 +41,13 @@ class PagedCell:
     kv: LayerKV
     table: PageTable
     scales: torch.Tensor
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> PagedCell:
+        """Return the same cell with its queries, rounded to `dtype`, and its cache on a device."""
+        kv = self.kv
+        sides = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
+        moved = LayerKV(*(None if side is None else side.to(device) for side in sides))  # type: ignore[arg-type]
+        return replace(self, q=self.q.map(lambda rows: rows.to(device, dtype)), kv=moved)
 
     def reference(self, plan: AttentionPlan | None = None) -> torch.Tensor:
         """Compute attention `[T, H, D]` in float64."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from protos.model.spec import SparseSpec
-from tests.support.data.sparse_cells import Cell, Shape, random_cell
 from workers.attention.plan import Queries
+from workers.bench.cases.sparse_cells import Cell, Shape, random_cell
 from workers.kernels.triton.sparse.cells import TileShape
 from workers.sparse.cuda import HeadBudgets, Sampled, SparseCell, StepSelection
 from workers.sparse.estimate import SampledRows
@@ -35,9 +35,16 @@ class DeviceCells:
 
 
 def device_cells(
-    shapes: Sequence[Shape], spec: SparseSpec, block: int = 32, shared: int = 2, tile: int = 64
-) -> DeviceCells:
-    """Make cells of the given shapes, which have the same heads, dim and `last_q`."""
+    shapes: Sequence[Shape], spec: SparseSpec, block: int = 32, shared: int = 2, tile: int = 64,
+    device: torch.device | str = "cpu",
+) -> DeviceCells:  # fmt: skip
+    """Make cells of the given shapes, which have the same heads, dim and `last_q`; `cells` stay in host memory.
+
+    Args:
+        block, shared: keys of a tile, and heads that share it, in the kernels of the selection.
+        tile: rows of a tile of the attention kernel.
+        device: of the keys, the sampled rows and the tables.
+    """
     cells = [_with_one_scale_a_row(random_cell(shape)) for shape in shapes]
     heads, kv_heads = shapes[0].heads, shapes[0].kv_heads
     keys = [cell.kv.keys[:, torch.from_numpy(cell.table.slots(np.arange(cell.keys.stop)))] for cell in cells]
@@ -46,11 +53,11 @@ def device_cells(
         placed.append(SparseCell(cell.plan, _row_scales(cell), row, first_key))
         row, first_key = row + cell.plan.length, first_key + own.shape[1]
     tiles = TileShape(block=block, chunk=2 * block, shared=shared, shared_sums=shared)
-    budgets = HeadBudgets(spec, range(LAYER, LAYER + 1), range(heads), "cpu")
-    step = StepSelection(spec, placed, budgets, kv_heads, "cpu", (tile,), tiles)
+    budgets = HeadBudgets(spec, range(LAYER, LAYER + 1), range(heads), device)
+    step = StepSelection(spec, placed, budgets, kv_heads, device, (tile,), tiles)
     estimate = _packed(step.estimate, [cell.queries.estimate for cell in cells], at_end=True)
     held_out = _packed(step.held_out, [cell.queries.held_out for cell in cells])
-    return DeviceCells(cells, torch.cat(keys, dim=1), step, estimate, held_out, tiles)
+    return DeviceCells(cells, torch.cat(keys, dim=1).to(device), step, estimate, held_out, tiles)
 
 
 def _with_one_scale_a_row(cell: Cell) -> Cell:
@@ -79,6 +86,6 @@ def _packed(sampled: Sampled, samples: Sequence[SampledRows], at_end: bool = Fal
             rows = getattr(sample.queries, part)
             missing = rows.new_ones((places - len(rows), *rows.shape[1:]))
             found.append(torch.cat([missing, rows] if at_end else [rows, missing]))
-        return torch.cat(found)
+        return torch.cat(found).to(sampled.rows.device)
 
     return sampled.pack(Queries(padded("intra"), padded("succ"), padded("inter")))

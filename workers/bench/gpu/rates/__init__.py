@@ -1,0 +1,1 @@
+"""Stage `kernels`: rates of single kernels beside the ceilings of the card."""

@@ -1,0 +1,1 @@
+"""Stages `prefill` and `decode`: the whole model."""
