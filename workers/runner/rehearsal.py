@@ -1,6 +1,6 @@
-"""Rehearsal: execute the largest step of a deployment once, to learn what device memory it takes beside weights and KV.
+"""Steps before the first: a small one, and the largest, to learn what device memory it takes beside weights and KV.
 
-One page of KV stands for all pages of the context: kernels read as much as they will, of the same rows.
+In the largest, one page of KV stands for all pages of the context: kernels read as much as they will, of the same rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from protos.model.grid import is_sparse, last_cut, whole_cells
 from protos.model.spec import ModelSpec
-from protos.stage.messages import SequenceSlice, StepPlan
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.kv.paged import PagedKV
 from workers.runner.model_runner import ModelRunner
 
@@ -46,6 +46,17 @@ def largest_plan(spec: ModelSpec, size: StepSize) -> StepPlan:
     pages = -(-(start + length) // size.page_size)
     part = SequenceSlice(0, start, length, size.context, [0] * length, [0] * pages, pages, None)
     return StepPlan(0, (part,))
+
+
+def warm_up(runner: ModelRunner, page_size: int) -> None:
+    """Execute one small step, so that the first real one does not pay for first-use initialisation."""
+    length = min(page_size, 16)
+    part = SequenceSlice(0, 0, length, length, [0] * length, [0], 1, SampleSpec(SamplingParams(), 0))
+    hidden = None
+    if not runner.shard.is_first:
+        hidden = torch.zeros(length, runner.hidden_size, dtype=runner.dtype, device=runner.device)
+    runner.execute(StepPlan(0, (part,)), hidden)
+    runner.reset()
 
 
 def rehearse(

@@ -16,9 +16,6 @@ from protos.stage import stage_pb2 as pb
 from protos.stage.identity import Identity, shard_name
 from protos.stage.messages import (
     LoadProgress,
-    SampleSpec,
-    SamplingParams,
-    SequenceSlice,
     ShardSpec,
     StepPlan,
     StepResult,
@@ -31,7 +28,7 @@ from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.runner.paced import PacedRunner, read_pace
-from workers.runner.rehearsal import StepSize, rehearse
+from workers.runner.rehearsal import StepSize, rehearse, warm_up
 from workers.stage.gpu import gpu_id, use_gpu
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
@@ -184,7 +181,7 @@ class StageWorker:
         self._runner = ModelRunner(*parts) if pace is None else PacedRunner(*parts, seconds=pace)
         if self._tracer is not None and self._shard.rank == 0:
             self._runner.decoder.on_experts = self._tracer.count_experts
-        self._warm_up(request.page_size)
+        warm_up(self._runner, request.page_size)
         if request.graph_rows and not request.trace:  # which counts the experts of every step
             self._runner.capture_decode(request.graph_rows)
         self._collectives.limit(self._step_timeout_s)
@@ -375,19 +372,6 @@ class StageWorker:
         return Stepper(
             self._runner, self.inbox, self._sender, self._step_timeout_s, self._tracer, self._collectives
         )  # fmt: skip
-
-    def _warm_up(self, page_size: int) -> None:
-        """Run one small step, so that the first real one does not pay for first-use initialisation."""
-        runner, shard = self._runner, self._shard
-        assert runner is not None
-        length = min(page_size, 16)
-        sample = SampleSpec(SamplingParams(), 0)
-        part = SequenceSlice(0, 0, length, length, [0] * length, [0], 1, sample)
-        hidden = None
-        if not shard.is_first:
-            hidden = torch.zeros(length, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-        runner.execute(StepPlan(0, (part,)), hidden)
-        runner.reset()
 
     def _available_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from workers.bench.model import benchmark_spec
 from workers.kv.paged import PagedKV
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner, StepOutput
-from workers.runner.rehearsal import StepSize, largest_plan, rehearse
+from workers.runner.rehearsal import StepSize, largest_plan, rehearse, warm_up
 from workers.transport.collectives import Collectives
 
 CPU = torch.device("cpu")
@@ -122,3 +123,21 @@ def test_the_largest_step_is_at_the_end_and_has_whole_cells(
 def test_contexts_shorter_than_a_step() -> None:
     (part,) = largest_plan(SPEC, StepSize(100, 40, 16)).slices
     assert (part.start, part.length) == (0, 40)
+
+
+def test_the_small_step_is_forgotten() -> None:
+    spec = benchmark_spec(layers=1)
+    seen: list[StepPlan] = []
+
+    class Runner:
+        shard, hidden_size, dtype, device = whole_model(spec), spec.hidden_size, torch.float32, torch.device("cpu")
+
+        def execute(self, plan: StepPlan, hidden: torch.Tensor | None) -> None:
+            assert hidden is None
+            seen.append(plan)
+
+        def reset(self) -> None:
+            seen.append(StepPlan(1))
+
+    warm_up(cast(ModelRunner, Runner()), 8)
+    assert [(plan.step, plan.num_tokens) for plan in seen] == [(0, 8), (1, 0)]
