@@ -24,8 +24,8 @@ LIBRARY_BYTES = 2 * (32 << 20)
 GRAPH_BYTES = 512 << 20
 FRAGMENTS = 1.1  # what PyTorch's allocator holds of a step's tensors and cannot give to others; assumed
 _TABLES_BYTES = 1 << 20  # page tables, and those of sparse cells
-_TILE, _BLOCK = 128, 64  # rows of a tile and keys of a block of the attention kernels
-_COLUMN_BYTES, _ENTRY_BYTES = 1 << 30, 256 << 20  # what they take at once for columns and for entries, at most
+_TILES, _BLOCK = (128, 64), 64  # rows of tiles, of which heads choose, and keys of a block of the attention kernels
+_COLUMN_BYTES, _ENTRY_BYTES = 1 << 30, 512 << 20  # what they take at once for columns and for entries, at most
 _SAMPLED_ROWS = 64 + 32  # of a cell: of the estimate, and held out
 _CHUNK = 4096  # keys that one program estimates
 _SUMS_BYTES = 2 * 132 * 2 * 64 * 3 * 64 * 2  # tiles that programs of the estimate keep, on 132 multiprocessors
@@ -119,7 +119,7 @@ def _mlp_row(spec: ModelSpec, shard: ShardSpec) -> int:
 def _attention_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
     """Return what attention takes beside the rows' own tensors: staged keys, partial results or selections."""
     heads, dim = shard.heads.size, spec.head_dim
-    staged = 4 * dim * shard.kv_heads.size * (-(-step.context // _TILE) * _TILE + _TILE)
+    staged = 4 * dim * shard.kv_heads.size * (-(-step.context // _TILES[0]) * _TILES[0] + _TILES[0])
     if step.cell:
         return staged + _selection_bytes(spec, shard, step)
     parts = _regions(spec, step) + (step.context > step.tokens)  # the rows' own keys apart from those before
@@ -135,10 +135,11 @@ def _selection_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
     columns = 4 * dim * room * min(heads, max(1, _COLUMN_BYTES // max(1, 4 * dim * room)))
     kept = cells * heads * (2 * context // 8 + 4 * step.columns)  # bits of columns and offsets, indices of columns
     queries = 3 * cells * heads * _SAMPLED_ROWS * dim * WIDTH
-    runs = context // (_TILE + 1)
-    blocks = context // _BLOCK + runs
-    lists = cells * heads * 4 * (2 * blocks + context // 32 + 3 * runs)
+    runs = [context // (tile + 1) for tile in _TILES]
+    lists = cells * heads * 4 * sum(2 * (context // _BLOCK + own) + context // 32 + 3 * own for own in runs)
     sums = cells * (8 * heads * context + 4 * heads * 64 * -(-context // _CHUNK)) + _SUMS_BYTES
-    entries = heads * (step.cell // _TILE) * 12 * (blocks + room // _BLOCK)
-    cell = WIDTH * step.cell * heads * dim + 2 * min(entries, _ENTRY_BYTES) + 2 * 8 * heads * blocks
+    # at the small tile; a group of heads after the other, while that of the last one is still held
+    most = 6 * (context + _TILES[1]) // (10 * _BLOCK) + 1
+    entries = heads * (step.cell // _TILES[1]) * 12 * (min(most, context // _BLOCK + runs[1]) + room // _BLOCK)
+    cell = WIDTH * step.cell * heads * dim + 2 * min(entries, _ENTRY_BYTES)
     return columns + kept + queries + max(sums, lists + cell)

@@ -126,18 +126,17 @@ def test_contexts_shorter_than_a_step() -> None:
 
 
 def test_the_small_step_is_forgotten() -> None:
-    spec = benchmark_spec(layers=1)
     seen: list[StepPlan] = []
 
     class Runner:
-        shard, hidden_size, dtype, device = whole_model(spec), spec.hidden_size, torch.float32, torch.device("cpu")
+        shard, hidden_size, dtype, device = whole_model(SPEC), SPEC.hidden_size, torch.float32, torch.device("cpu")
 
         def execute(self, plan: StepPlan, hidden: torch.Tensor | None) -> None:
             assert hidden is None
             seen.append(plan)
 
         def reset(self) -> None:
-            seen.append(StepPlan(1))
+            seen.append(StepPlan(1, ()))
 
     warm_up(cast(ModelRunner, Runner()), 8)
     assert [(plan.step, plan.num_tokens) for plan in seen] == [(0, 8), (1, 0)]
