@@ -44,8 +44,8 @@ def test_staged_keys_grow_with_the_context_and_the_rest_with_tokens(given: Deplo
 
 def test_a_sparse_step_also_sums_over_the_context(given: Deployment) -> None:
     spec, (shard,) = given.spec, given.shards
-    near, far = (step_bytes(spec, shard, GpuStep(32768, context, 1, 8192, 1000)) for context in (1 << 20, 1 << 21))
-    a_key = (far - near) / (1 << 20)
+    near, far = (step_bytes(spec, shard, GpuStep(32768, context, 1, 8192, 1000)) for context in (1 << 22, 1 << 23))
+    a_key = (far - near) / (1 << 22)
     staged, sums = 4 * 4 * 128, 4 * 8 * 32  # of four KV heads; of four cells and 32 heads
     assert staged + sums < a_key < 1.05 * (staged + sums)
 
