@@ -35,9 +35,10 @@ def launch_options(tile: int, capability: tuple[int, int]) -> dict[str, int]:
     """Return how the kernel is built.
 
     A block is loaded from where its entry says. Of five stages keys and values are in three, so that two blocks are
-    under way while one is multiplied; on 8.x and 10.x that spills with heads of 64 values.
+    under way while one is multiplied; on 8.x and 10.x that spills with heads of 64 values, and on
+    10.x three do in tiles of 64 rows.
     """
-    return {"num_warps": 8 if tile == 128 else 4, "num_stages": 5 if capability[0] == 9 else 3}
+    return {"num_warps": 8 if tile == 128 else 4, "num_stages": {9: 5, 10: 2}.get(capability[0], 3)}
 
 
 def sparse_attention(

@@ -102,7 +102,7 @@ def test_rows_that_join_and_leave(
     assert graphs._graphs is not None
     assert sorted(graphs._graphs.graphs) == sorted(wanted)
     for recording in recorder.recordings:
-        assert recording.kernels >= 10
+        assert recording.kernels >= 9
         assert set(recording.read) <= memory_of(graphs)
     assert graphs._kv._data.float().isnan().all() or cache == torch.int8, "a capture writes no KV"
     mine, twin = decode(graphs, plans), decode(eager, plans)
@@ -213,7 +213,12 @@ def test_row_counts() -> None:
 
 def test_the_stand_in_is_as_strict_as_a_graph() -> None:
     x, out, factor = torch.ones(4), torch.zeros(4), [3.0]
-    for work in (lambda: float(x.sum()), x.tolist, lambda: x + torch.tensor([1.0]), lambda: x if x.any() else None):
+    for work in (
+        lambda: float(x.sum()),
+        lambda: x[:2].tolist(),
+        lambda: x + torch.tensor([1.0]),
+        lambda: x if x.any() else None,
+    ):
         with pytest.raises(AssertionError, match="host"):
             ReplayedOnCPU().capture(work)  # type: ignore[arg-type]
     kept: list[torch.Tensor] = []

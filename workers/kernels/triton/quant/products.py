@@ -104,7 +104,7 @@ def _scaled_step(
     return total + tl.dot(part, tl.trans(weight), input_precision="ieee") * (row_scale[:, None] * scale[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def quantised_product_kernel(
     x, x_scales, codes, scales, zeros, inputs, bias, order, totals, out, tokens, experts, x_stride,
     TOP_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,

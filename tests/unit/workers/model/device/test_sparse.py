@@ -19,13 +19,12 @@ from workers.kv.paged import PagedKV
 from workers.model import sparse_prefill
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
-from workers.sparse import cuda as sparse_cuda
 from workers.sparse import vertical_slash
 from workers.sparse.estimate import Estimate
 from workers.transport.collectives import Collectives
 
 PAGE, CPU, PAGES, LENGTH = 16, torch.device("cpu"), 64, 449
-SPARSE = SparseSpec(threshold=32, last_q=17, cell=128, uniform=HeadBudget(35, 103))
+SPARSE = SparseSpec(threshold=32, last_q=17, cell=128, uniform=HeadBudget(10, 100))
 PLAIN = replace(
     benchmark_spec(layers=1), vocab_size=97, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     num_experts=0, intermediate_size=64, sparse=SPARSE,
@@ -75,11 +74,11 @@ def watch_scales(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         moved.append(host.clone())
         return moved[-1]
 
-    def watch(q: Any, staged: Any, plan: Any, scales: torch.Tensor, lists: Any) -> Any:
-        seen.append(any(scales is one for one in moved))
+    def watch(q: Any, staged: Any, plan: Any, scales: Any, lists: Any) -> Any:
+        seen.append(any(scales.each is one for one in moved))
         return attend_lists(q, staged, plan, scales, lists)
 
-    monkeypatch.setattr(sparse_cuda, "_moved", move)
+    monkeypatch.setattr(cuda, "moved", move)
     monkeypatch.setattr(cuda, "attend_lists", watch)
     return seen
 
