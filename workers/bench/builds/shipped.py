@@ -42,6 +42,7 @@ SELECTION = {
     "sums_kernel": Limits(units="own", shuffles=24),
     "held_out_kernel": Limits(units="own", shuffles=36),
     "overlap_kernel": Limits(units="own"),
+    "lists_kernel": Limits(stack=16),
 }
 
 
@@ -62,10 +63,10 @@ def shipped() -> Iterator[Shipped]:
 
 
 def paged(dim: int, cache: torch.dtype, device: str = "cpu") -> tuple[LayerKV, PageTable]:
-    """Return a layer of cache and the pages of a sequence of `START + ROWS` tokens."""
+    """Return a layer of cache and the pages of a sequence of `START + ROWS` tokens, in no run."""
     pages = -(-(START + ROWS) // PAGE)
     table = PageTable(PAGE)
-    table.append(range(pages))
+    table.append(reversed(range(pages)))
     sides = torch.zeros(2, KV_HEADS, pages * PAGE, dim, dtype=cache, device=device)
     if cache == torch.bfloat16:
         return LayerKV(*sides), table

@@ -25,7 +25,7 @@ def shipped_layer() -> Iterator[Shipped]:
     for name, cache in CACHES.items():
         capabilities = _NEWER if name == "fp8" else CAPABILITIES
         limits = {
-            "attend_splits_kernel": Limits(units="some", together=3, copies=16),
+            "attend_splits_kernel": Limits(units="some", together=3, copies=16, stack=8 if name == "fp8" else 0),
             "merge_splits_kernel": _ROWS,
             "store_heads_kernel": _ROWS,
         }

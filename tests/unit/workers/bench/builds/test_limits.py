@@ -18,6 +18,8 @@ GOOD = Built(168, 0, 98304, 8, Counter({"HGMMA": 24, "LDGSTS": 7, "SHFL": 10}))
 def test_a_build_within_its_limits() -> None:
     assert violations(GOOD, Limits(units="own", copies=7, shuffles=10, together=1), 90) == []
     assert violations(replace(GOOD, instructions=Counter({"MOV": 1})), Limits(), 80) == []
+    assert violations(replace(GOOD, stack=48, instructions=Counter({"LDL": 9})), Limits(), 80) == []
+    assert violations(replace(GOOD, stack=8), Limits(stack=8), 90) == []
 
 
 @pytest.mark.parametrize(

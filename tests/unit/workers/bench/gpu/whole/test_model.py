@@ -45,10 +45,10 @@ def test_weights_have_the_shapes_of_a_loaded_shard() -> None:
             one, two = getattr(first, field.name), getattr(second, field.name)
             assert (one is None) == (two is None), field.name
             assert one is None or one.shape == two.shape
-    matrix = mine.layers[1].experts_down
+    matrix = mine.layers[-1].experts_down
     assert isinstance(matrix, torch.Tensor)
     assert float(matrix.std()) == pytest.approx(0.02, rel=0.05)
-    assert not torch.equal(matrix, mine.layers[0].experts_down)  # type: ignore[arg-type]
+    assert not torch.equal(matrix[0], matrix[1]), "experts differ"
 
 
 def test_bytes_of_a_decode_step() -> None:
