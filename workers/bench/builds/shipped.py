@@ -66,7 +66,7 @@ def paged(dim: int, cache: torch.dtype, device: str = "cpu") -> tuple[LayerKV, P
     """Return a layer of cache and the pages of a sequence of `START + ROWS` tokens, in no run."""
     pages = -(-(START + ROWS) // PAGE)
     table = PageTable(PAGE)
-    table.append(reversed(range(pages)))
+    table.append(range(pages)[::-1])
     sides = torch.zeros(2, KV_HEADS, pages * PAGE, dim, dtype=cache, device=device)
     if cache == torch.bfloat16:
         return LayerKV(*sides), table
