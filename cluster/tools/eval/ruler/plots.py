@@ -28,7 +28,8 @@ def draw_scores(report: dict[str, Any]) -> Figure:
         _draw_panel(axis, report, panel)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("length (tokens)", fontsize=10)
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("length (tokens)")
     for axis in axes[:, 0]:
         axis.set_ylabel("score")
     handles, labels = axes.flat[0].get_legend_handles_labels()
