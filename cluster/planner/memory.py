@@ -137,8 +137,7 @@ def precision_table(deployment: Deployment, contexts: Sequence[int] = CONTEXTS) 
     for precision in PRECISIONS:
         weights = precision_bytes(deployment.spec, precision)
         totals = {context: weights + context * token for context in contexts}
-        fast = precision == "bf16" or deployment.config.cluster.device == "cpu"  # else dequantised in every step
-        rows.append({"precision": precision, "fast": fast, "weight_bytes": weights, "totals": totals})
+        rows.append({"precision": precision, "weight_bytes": weights, "totals": totals})
     return rows
 
 

@@ -12,7 +12,6 @@ from cluster.tools.display import plain_table
 
 _GB = 1e9
 _PRECISIONS = "+ N: with the KV of one context of N tokens"
-_SLOW = "; *: runs, dequantised in every step, which is slow"
 
 
 def render_plan(plan: dict[str, Any], console: Console) -> None:
@@ -26,8 +25,7 @@ def render_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
     console.print(_precisions(plan))
-    legend = _PRECISIONS if all(row["fast"] for row in plan["precisions"]) else _PRECISIONS + _SLOW
-    console.print(legend, highlight=False, markup=False, soft_wrap=True)
+    console.print(_PRECISIONS, highlight=False, markup=False, soft_wrap=True)
     for note in plan["notes"]:
         console.print(f"note: {escape_unprintable(note)}", highlight=False, markup=False, soft_wrap=True)
 
@@ -79,9 +77,8 @@ def _precisions(plan: dict[str, Any]) -> Any:
     rows = plan["precisions"]
     table = plain_table("weights, GB", "alone", *(f"+ {format_count(int(context))}" for context in rows[0]["totals"]))
     for row in rows:
-        name = row["precision"] if row["fast"] else f"{row['precision']} *"
         table.add_row(
-            name,
+            row["precision"],
             *(f"{size / _GB:.{1 if size >= _GB else 3}f}" for size in (row["weight_bytes"], *row["totals"].values())),
         )
     return table

@@ -30,7 +30,7 @@ def test_a_plan_that_fits(tmp_path: Path):
     assert "predicted prefill: dense" in text
     bf16 = next(line for line in text.splitlines() if line.startswith("bf16"))
     assert bf16.split() == ["bf16", "61.1", "61.2", "67.5", "73.9", "86.8", "112.6", "164.1"]
-    assert "int4 *" in text
+    assert "int4" in text
     assert "note: the positions cover" in text
 
 
