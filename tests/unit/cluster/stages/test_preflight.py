@@ -90,4 +90,4 @@ def test_pages_are_what_sequences_can_use_or_memory_affords(tmp_path: Path) -> N
     few = pages("cpu", 300, 1)
     assert 64 <= few < 64 * 16
     assert pages("cpu", 600, 2) == few  # two shards share the memory of a node
-    assert 64 <= pages("cuda", 900, 2) == pages("cuda", 900, 1) < 64 * 16  # each has a GPU of its own
+    assert 64 <= pages("cuda", 650, 2) == pages("cuda", 650, 1) < 64 * 16  # each has a GPU of its own
