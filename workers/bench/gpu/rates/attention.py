@@ -17,6 +17,7 @@ from workers.bench.gpu.context import Case, Context
 from workers.bench.gpu.journal import Line
 from workers.bench.gpu.parts import LISTS, STEP, Recorder
 from workers.bench.gpu.patterns import Pattern, StatedKept, patterns
+from workers.kernels.device import processors
 from workers.kernels.triton.lists import TILES
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape
 from workers.kv.paged import LayerKV, PagedKV, PageTable
@@ -216,13 +217,12 @@ def _decode(context: Context, keys: int, cache: torch.dtype) -> Line:
     layers = 1 if context.rehearsal else max(1, min(64, _DECODED_BYTES // (keys * per_token)))
     kv = random_cache(context, keys, cache, dim, layers)
     held: list[LayerKV] = [kv.layer(index) for index in range(layers)]
-    processors = 1 if context.rehearsal else torch.cuda.get_device_properties(context.device).multi_processor_count
     rows = Rows(
         shuffled_table(context, keys).slots_on(context.device)[None],
         torch.zeros(1, dtype=torch.int32, device=context.device),
         torch.tensor([keys], dtype=torch.int32, device=context.device),
         torch.full((1,), dim**-0.5, device=context.device), sizes.page, 0,
-        count_splits(1, sizes.kv_heads, processors, keys),
+        count_splits(1, sizes.kv_heads, processors(context.device), keys),
     )  # fmt: skip
     q = context.random(1, 1, sizes.heads, dim)
     moved = float(keys * per_token)

@@ -20,7 +20,7 @@ _FEW_ROWS = 16  # up to which a program has one row of one head, and above which
 
 
 @triton.jit
-def _rounded(x, LIMIT: tl.constexpr):
+def rounded(x, LIMIT: tl.constexpr):
     """Round half to even: to whole numbers for int8, to the values of e4m3 for fp8. The cast after it is exact.
 
     Adding 1.5 * 2 ** 23 steps and taking them away leaves whole steps, as float32 has no bits below.
@@ -43,8 +43,8 @@ def _store_rows(cache, scale_of, low, high, at, slot, inside, mask, DIM: tl.cons
         scale = (tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)) + damage) / LIMIT
         tl.store(scale_of + slot, scale, mask=inside)
         divisor = tl.where(scale == scale, tl.maximum(scale, 1.1754943508222875e-38), 1.0)[:, None]
-        low = _rounded(tl.where(low == low, tl.math.div_rn(low, divisor), 0.0), LIMIT)
-        high = _rounded(tl.where(high == high, tl.math.div_rn(high, divisor), 0.0), LIMIT)
+        low = rounded(tl.where(low == low, tl.math.div_rn(low, divisor), 0.0), LIMIT)
+        high = rounded(tl.where(high == high, tl.math.div_rn(high, divisor), 0.0), LIMIT)
         low = tl.clamp(low, -LIMIT * 1.0, LIMIT * 1.0)
         high = tl.clamp(high, -LIMIT * 1.0, LIMIT * 1.0)
     tl.store(cache + at, low.to(cache.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workers.kernels.device import capability
 from workers.kernels.triton.layer import calls
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) 
     """Compute `x @ weight.T + bias` for `[T, K]` and `[N, K]`."""
     from workers.kernels.triton.quant import products
 
-    return products.linear(x, weight, bias, torch.cuda.get_device_capability(x.device))
+    return products.linear(x, weight, bias, capability(x.device))
 
 
 def run_experts(
@@ -42,5 +43,4 @@ def run_experts(
     """Compute the weighted sum of experts `first` on `[T, M]`, without waiting for the device."""
     from workers.kernels.triton.quant import products
 
-    capability = torch.cuda.get_device_capability(x.device)
-    return products.run_experts(x, experts, weights, gate_up, down, first, capability)
+    return products.run_experts(x, experts, weights, gate_up, down, first, capability(x.device))

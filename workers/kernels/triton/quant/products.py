@@ -10,13 +10,13 @@ Legend: `T` tokens, `K` inputs, `N` outputs, `Er` experts of this shard, `G` gro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.layer.experts import combine, expert_tile
+from workers.kernels.triton.layer.experts import Tiling, combine, expert_tile
 from workers.kernels.triton.layer.routing import Sorted, sort_entries
 from workers.kernels.triton.layer.rows import INTERPRETED, dot_type
 from workers.kernels.triton.quant.rows import GROUP, ScaledRows, quantise_rows
@@ -29,25 +29,15 @@ _MIN_STEP = 16  # inputs that a product takes at least
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of a matrix in the mean, up to which tiles are narrow, and half as wide
 
 
-class Tiling(NamedTuple):
-    """The sizes of a product: rows and columns of a program, most depth of a step, warps and stages of loads."""
-
-    rows: int
-    columns: int
-    step: int
-    warps: int
-    stages: int
-
-    @staticmethod
-    def of(rows: float, scaled: bool, gated: bool) -> Tiling:
-        """Choose by the mean rows of a matrix; `scaled`: both sides are codes, whose step is a group of 128."""
-        if INTERPRETED:
-            return Tiling(16, 32, GROUP if scaled else 32, 4, 2)
-        if rows <= _FEW_ROWS:
-            return Tiling(16, 32 if gated else 64, 128, 4, 4)
-        if rows <= _SOME_ROWS:
-            return Tiling(64, 64, 128 if scaled else 64, 4, 3)
-        return Tiling(128, 64 if gated else 128, 128 if scaled else 64, 8, 3)
+def choose_tiling(rows: float, scaled: bool, gated: bool) -> Tiling:
+    """Choose by the mean rows of a matrix; `scaled`: both sides are codes, whose step is a group of 128."""
+    if INTERPRETED:
+        return Tiling(16, 32, GROUP if scaled else 32, 4, 2)
+    if rows <= _FEW_ROWS:
+        return Tiling(16, 32 if gated else 64, 128, 4, 4)
+    if rows <= _SOME_ROWS:
+        return Tiling(64, 64, 128 if scaled else 64, 4, 3)
+    return Tiling(128, 64 if gated else 128, 128 if scaled else 64, 8, 3)
 
 
 @triton.jit
@@ -197,7 +187,7 @@ def linear(
     """Compute `x @ weight.T + bias` for `[T, K]`, unit stride in `K`, and `[N, K]`: summed in float32, rounded once."""
     tokens, outputs = x.shape[0], weight.shape[0]
     rows: torch.Tensor | ScaledRows = quantise_rows(x) if is_scaled(weight, capability) else x
-    tiling = tiling or Tiling.of(tokens, isinstance(rows, ScaledRows), False)
+    tiling = tiling or choose_tiling(tokens, isinstance(rows, ScaledRows), False)
     out = x.new_empty(tokens, outputs)
     if tokens:
         _launch(rows, weight, out, tiling, bias=bias)
@@ -222,7 +212,7 @@ def run_experts(
     mean = entries / max(1, min(entries, experts))
     for source, weight, target, gated in ((x, gate_up, hidden, True), (hidden, down, rows, False)):
         read = quantise_rows(source) if is_scaled(weight, capability) else source
-        tiling = tilings[0 if gated else 1] if tilings else Tiling.of(mean, isinstance(read, ScaledRows), gated)
+        tiling = tilings[0 if gated else 1] if tilings else choose_tiling(mean, isinstance(read, ScaledRows), gated)
         _launch(read, weight, target, tiling, by_expert=by_expert, top_k=top_k, gated=gated)
     combine(rows, by_expert, weights, out)
     return out

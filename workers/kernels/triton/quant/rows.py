@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.triton.layer.heads import _rounded
+from workers.kernels.triton.layer.heads import rounded
 
 GROUP = 128  # inputs that share a scale
 _GROUPS = 16  # of a program
@@ -37,7 +37,7 @@ def quantise_rows_kernel(x, codes, scales, x_stride, depth, groups, GROUPS: tl.c
     tl.store(scales + row * groups + g, scale, mask=g < groups)
     divisor = tl.where(scale == scale, tl.maximum(scale, _SMALLEST), 1.0)[:, None]
     values = tl.where(values == values, tl.math.div_rn(values, divisor), 0.0)
-    values = tl.clamp(_rounded(values, 448), -448.0, 448.0)
+    values = tl.clamp(rounded(values, 448), -448.0, 448.0)
     tl.store(codes + row * depth + d, values.to(codes.dtype.element_ty), mask=d < depth)
 
 

@@ -16,7 +16,7 @@ from workers.model import layers, moe
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory passes for that of a GPU of 9.0."""
     monkeypatch.setattr(layer_calls, "supports", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(calls, "capability", lambda device: (9, 0))
 
 
 @pytest.mark.usefixtures("gpu")
