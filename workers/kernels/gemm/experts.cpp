@@ -63,7 +63,8 @@ Sorted sort_choices(const ExpertsCall& call) {
 void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, const TaskMemory& memory, bf16* hidden,
                  long part, long parts) {
     const long m = call.hidden_size, width = call.width, strips = 2 * width / kStrip;
-    const Panels panels{call.gate_up.matrix(task.expert, 2 * width, m), strips, m / kDepth, part, parts};
+    const Panels panels{
+        call.gate_up.matrix(task.expert, 2 * width, m), strips, m / kDepth, part, parts, call.tokens <= kStrip};
     const auto finish = [&](long panel, const float* sums, long row, long count) {
         use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
     };
@@ -75,7 +76,8 @@ void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sor
                    const TaskMemory& memory, const bf16* hidden, long part, long parts) {
     const long m = call.hidden_size, width = call.width;
     const bool stream = streams(call.rows, call.tokens * call.top_k, m);
-    const Panels panels{call.down.matrix(task.expert, m, width), m / kStrip, width / kDepth, part, parts};
+    const Panels panels{
+        call.down.matrix(task.expert, m, width), m / kStrip, width / kDepth, part, parts, call.tokens <= kStrip};
     const auto finish = [&](long panel, const float* sums, long row, long count) {
         const long at = task.start + row;
         bf16* out = call.rows + panel * kBlock;
@@ -118,13 +120,14 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
             const TaskMemory memory(sorted.max_task_rows, call.hidden_size, call.width, zeros);
             if (memory.a == nullptr)
                 failed = true;
-            else
+            else {
+                use.enter(sorted.tasks[i / parts].rows);
                 compute(sorted.tasks[i / parts], i % parts, memory);
+            }
         }
     };
 #pragma omp parallel num_threads(call.threads)
     {
-        use.enter();
         each_part([&](const Task& task, long part, const TaskMemory& memory) {
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);

@@ -147,7 +147,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)
     {
-        use.enter();
+        use.enter(std::min<long>(group, call->rows));
 #pragma omp for schedule(dynamic) collapse(2)
         for (long g = 0; g < groups; ++g) {
             for (long piece = 0; piece < pieces; ++piece) {
@@ -158,7 +158,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
                     status = kNoMemory;
                 } else if (rows > 0) {
                     pack_rows(memory.a, call->x + first * call->stride, call->stride, nullptr, rows, k);
-                    const Panels some{call->weight, strips, k / kDepth, piece, pieces};
+                    const Panels some{call->weight, strips, k / kDepth, piece, pieces, call->rows <= kStrip};
                     run_panels(call->path, memory, memory.c, memory.a, rows, some,
                                [&](long panel, const float* sums, long row, long count) {
                                    bf16* out = call->out + (first + row) * call->n + panel * kBlock;

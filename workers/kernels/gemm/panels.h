@@ -25,6 +25,7 @@ struct Panels {
     Weights weight;
     long strips, k_tiles;
     long part, parts;  // the panels to compute: one of equal parts
+    bool few;          // rows in the whole call: kStrip at most
     long start() const { return (strips + 1) / 2 * part / parts; }
     long stop() const { return (strips + 1) / 2 * (part + 1) / parts; }
     bool two(long panel) const { return 2 * panel + 1 < strips; }
@@ -67,7 +68,7 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
     const Weights& weight = panels.weight;
     const long k_tiles = panels.k_tiles, strip = k_tiles * kTile, groups = weight.groups(k_tiles * kDepth);
     const long blocks = (rows + kBlock - 1) / kBlock;
-    const bool by_group = scales_sums(weight, path);
+    const bool by_group = scales_sums(weight, path, panels.few);
     const float* sums = by_group && weight.zeros ? memory.sums : nullptr;
     if (sums) sum_groups(memory.sums, a, rows, k_tiles, weight.group);
     const long parts = by_group ? parts_of_tile(weight) : 1;

@@ -72,10 +72,14 @@ const Decoder& avx2_decoder();
 const Decoder& avx512_decoder(Path path);  // and AMX
 
 // Whether codes are multiplied as they are, and sums of groups scaled: exact weights, and the cheaper way for a row.
-// AMX rounds weights to bfloat16 instead: to scale sums would take half as long as its products. So do groups that end
-// elsewhere than after a tile or half of one. One way for all numbers of rows, so that a row's result does not depend on the rows beside it.
-inline bool scales_sums(const Weights& weights, int path) {
-    return path != kAmx && (weights.group % kDepth == 0 || weights.group == kStrip);
+// Else weights are rounded to bfloat16: where groups end elsewhere than after a tile or half of one, and, on AMX, in
+// groups below `kAmxGroup`, where to scale sums takes as long as the products. One way for all numbers of rows, so
+// that a row's result does not depend on the rows beside it, but for those groups on AMX: a call of at most kStrip rows
+// (`few`: it decodes) would spend twice its time on rounding.
+constexpr long kAmxGroup = 128;
+inline bool scales_sums(const Weights& weights, int path, bool few) {
+    if (path != kAmx) return weights.group % kDepth == 0 || weights.group == kStrip;
+    return weights.group % kDepth == 0 && (few || weights.group >= kAmxGroup);
 }
 
 // Parts of a tile that have scales of their own.

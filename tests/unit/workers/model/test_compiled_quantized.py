@@ -50,7 +50,17 @@ def bound(x: torch.Tensor, weight: QuantizedWeight, wanted: torch.Tensor) -> flo
     return 1.5 * max(error(F.linear(x, weight.dequantize(torch.bfloat16)), wanted), 2e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 17, 67, 193])
+def some_rows(row: int, tokens: int, group: int) -> slice:
+    """Return rows whose results do not depend on the others of `tokens`, and which have `row`: as few as can be.
+
+    On AMX weights in groups below 128 are rounded in calls of more than 16 rows alone.
+    """
+    least = 17 if compiled.path() == Path.AMX and group < 128 and tokens > 16 else 1
+    first = min(row, tokens - least)
+    return slice(first, first + least)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 67, 193])
 @pytest.mark.parametrize(("kind", "group", "zeros", "scale"), LAYOUTS)
 def test_linear(tokens: int, kind: Kind, group: int, zeros: torch.dtype | None, scale: torch.dtype) -> None:
     x, weight = random(tokens, 549)[:, :544], random_weight(kind, (272, 544), group, zeros, scale)
@@ -59,7 +69,8 @@ def test_linear(tokens: int, kind: Kind, group: int, zeros: torch.dtype | None, 
     got = linear(x, own)
     assert error(got, wanted) < bound(x, weight, wanted)
     for row in (0, tokens // 2, tokens - 1):
-        assert torch.equal(linear(x[row : row + 1], own)[0], got[row])
+        some = some_rows(row, tokens, group)
+        assert torch.equal(linear(x[some], own), got[some])
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "float8_e4m3"])
@@ -83,7 +94,7 @@ def test_every_code_of_float8() -> None:
             assert ours[nan].isnan().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 193])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 193])
 @pytest.mark.parametrize(("kind", "group", "zeros", "scale"), LAYOUTS)
 def test_experts(tokens: int, kind: Kind, group: int, zeros: torch.dtype | None, scale: torch.dtype) -> None:
     hidden, width = 288, 160
@@ -98,8 +109,8 @@ def test_experts(tokens: int, kind: Kind, group: int, zeros: torch.dtype | None,
     plain = run_experts(x, experts, scores, gate_up, down, local)
     assert error(got, wanted) < 1.5 * max(error(plain, wanted), 4e-3)
     for row in (0, tokens // 2, tokens - 1):
-        one = slice(row, row + 1)
-        assert torch.equal(run_experts(x[one], experts[one], scores[one], *own, local)[0], got[row])
+        some = some_rows(row, tokens, group)
+        assert torch.equal(run_experts(x[some], experts[some], scores[some], *own, local), got[some])
 
 
 def test_one_of_the_two_is_not_packed() -> None:

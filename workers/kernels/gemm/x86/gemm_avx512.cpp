@@ -5,6 +5,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <algorithm>
 #include <initializer_list>
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
@@ -16,12 +17,19 @@ inline void prefetch(Ahead& ahead) {
     for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
 }
 
+// scale * (sum - zero * inputs), and what c holds
+LR_AVX512 inline __m512 scaled(__m512 sum, const GroupScales& by, long strip, const float* inputs, const float* c) {
+    const __m512 scale = _mm512_load_ps(by.scale[strip]);
+    if (inputs) sum = _mm512_fnmadd_ps(_mm512_load_ps(by.zero[strip]), _mm512_set1_ps(*inputs), sum);
+    return _mm512_fmadd_ps(scale, sum, c ? _mm512_loadu_ps(c) : _mm512_setzero_ps());
+}
+
 // ---- AMX: tiles 0 to 3 accumulate, 4 and 5 are rows, 6 and 7 weights
 
 template <bool TwoRows, bool TwoStrips> AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
     const bf16 *a = o.a, *a1 = o.a + o.a_stride, *b0 = o.b0, *b1 = o.b1;
     constexpr long row_bytes = kBlock * long(sizeof(float));
-    if (o.add) {
+    if (o.add && !o.scales) {
         _tile_loadd(0, c, row_bytes);
         if (TwoStrips) _tile_loadd(1, c + kStrip, row_bytes);
         if (TwoRows) _tile_loadd(2, c + kStrip * kBlock, row_bytes);
@@ -47,10 +55,20 @@ template <bool TwoRows, bool TwoStrips> AMX void amx_tiles(float* c, const Opera
         if (TwoRows && TwoStrips) _tile_dpbf16ps(3, 5, 7);
         prefetch(ahead);
     }
-    _tile_stored(0, c, row_bytes);
-    if (TwoStrips) _tile_stored(1, c + kStrip, row_bytes);
-    if (TwoRows) _tile_stored(2, c + kStrip * kBlock, row_bytes);
-    if (TwoRows && TwoStrips) _tile_stored(3, c + kStrip * kBlock + kStrip, row_bytes);
+    alignas(kLine) float group[kBlock * kBlock];
+    float* to = o.scales ? group : c;
+    _tile_stored(0, to, row_bytes);
+    if (TwoStrips) _tile_stored(1, to + kStrip, row_bytes);
+    if (TwoRows) _tile_stored(2, to + kStrip * kBlock, row_bytes);
+    if (TwoRows && TwoStrips) _tile_stored(3, to + kStrip * kBlock + kStrip, row_bytes);
+    if (!o.scales) return;
+    for (long r = 0; r < o.rows; ++r, to += kBlock, c += kBlock) {
+        UNROLL for (int s = 0; s < (TwoStrips ? 2 : 1); ++s) {
+            const __m512 sum = _mm512_load_ps(to + s * kStrip);
+            float* at = c + s * kStrip;
+            _mm512_storeu_ps(at, scaled(sum, *o.scales, s, o.sums ? o.sums + r : nullptr, o.add ? at : nullptr));
+        }
+    }
 }
 
 void amx_block(float* c, const Operands& o, Ahead ahead) {
@@ -60,7 +78,18 @@ void amx_block(float* c, const Operands& o, Ahead ahead) {
     return o.rows > kStrip ? amx_tiles<true, false>(c, o, ahead) : amx_tiles<false, false>(c, o, ahead);
 }
 
-AMX void amx_enter() { _tile_loadconfig(&kTileConfig); }
+// A strip that is not full has fewer rows: a product of one row costs little more than to read the weights.
+struct Configs {
+    TileConfig of[kStrip + 1];
+    constexpr Configs() : of() {
+        for (int rows = 0; rows <= kStrip; ++rows) {
+            for (int tile = 0; tile < 6; ++tile) of[rows].rows[tile] = std::uint8_t(rows);
+        }
+    }
+};
+constexpr Configs kConfigs;
+
+AMX void amx_enter(long rows) { _tile_loadconfig(&kConfigs.of[std::min(rows, kStrip)]); }
 
 AMX void amx_leave() { _tile_release(); }
 
@@ -76,13 +105,6 @@ LR_AVX512 inline __m512 high(__m512i pairs) {
 template <bool Pairs> PAIRS inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i line) {
     if (Pairs) return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)line);
     return _mm512_fmadd_ps(high(pair), high(line), _mm512_fmadd_ps(low(pair), low(line), sum));
-}
-
-// scale * (sum - zero * inputs), and what c holds
-LR_AVX512 inline __m512 scaled(__m512 sum, const GroupScales& by, long strip, const float* inputs, const float* c) {
-    const __m512 scale = _mm512_load_ps(by.scale[strip]);
-    if (inputs) sum = _mm512_fnmadd_ps(_mm512_load_ps(by.zero[strip]), _mm512_set1_ps(*inputs), sum);
-    return _mm512_fmadd_ps(scale, sum, c ? _mm512_loadu_ps(c) : _mm512_setzero_ps());
 }
 
 // Rows from `row` on.

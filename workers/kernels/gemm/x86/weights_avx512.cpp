@@ -21,14 +21,21 @@ struct Tables {
     __m512i small;  // of floating point: the values below 2^-6, twice and again
 };
 
+alignas(kLine) constexpr bf16 kInt4Words[32] = {  // -8 to 7, twice
+                                                0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                                0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                                0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                                0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+alignas(kLine) constexpr bf16 kOddWords[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+alignas(kLine) constexpr bf16 kSmallWords[32] = {  // 0 to 7 times 2^-9, four times
+                                                 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
+                                                 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
+                                                 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
+                                                 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+
 template <int kind> LR_AVX512 inline Tables tables() {
-    alignas(64) bf16 words[32], small[32];
-    for (int i = 0; i < 32; ++i) {
-        words[i] = kind == kInt4 ? bf16(_mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(float(i % 16 - 8)))) >> 16)
-                                 : bf16(i < 16 ? 2 * i + 1 : 32 + 2 * (i - 16) + 1);
-        small[i] = bf16(_mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(float(i % 8) / 512.0f))) >> 16);
-    }
-    return {_mm512_load_si512(words), _mm512_load_si512(small)};
+    return {_mm512_load_si512(kind == kInt4 ? kInt4Words : kOddWords), _mm512_load_si512(kSmallWords)};
 }
 
 LR_AVX512 inline __m256i half_line(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
