@@ -10,9 +10,8 @@ from types import MappingProxyType
 
 from cluster.config.configs_dir import configs_dir
 from cluster.config.deployment import Deployment, fetch_model, load_config, load_deployment
-from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
+from cluster.config.memory_budget import kv_token_bytes
 from cluster.config.schema import ModelSection
-from cluster.config.topology import kv_bytes_per_token
 from cluster.hub.models import model_argument
 from cluster.hub.names import OnProgress
 from protos.errors import UserError
@@ -100,9 +99,7 @@ def load_mode(
 
 def kv_bytes_for(deployment: Deployment, tokens: int) -> int:
     """Return the bytes of each shard's KV cache that hold so many tokens, with two pages to spare."""
-    width = DTYPE_BYTES[compute_dtype(deployment)]  # what int8 takes less is left unused
-    widest = max(kv_bytes_per_token(deployment.spec, shard, width) for shard in deployment.shards)
-    return (tokens + 2 * deployment.config.kv_cache.page_size) * widest
+    return (tokens + 2 * deployment.config.kv_cache.page_size) * kv_token_bytes(deployment)
 
 
 def mode_overrides(
