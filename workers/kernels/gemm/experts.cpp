@@ -120,10 +120,8 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
             const TaskMemory memory(sorted.max_task_rows, call.hidden_size, call.width, zeros);
             if (memory.a == nullptr)
                 failed = true;
-            else {
-                use.enter(sorted.tasks[i / parts].rows);
+            else
                 compute(sorted.tasks[i / parts], i % parts, memory);
-            }
         }
     };
 #pragma omp parallel num_threads(call.threads)
@@ -142,7 +140,6 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
         }
 #pragma omp for schedule(static)
         for (long token = 0; token < call.tokens; ++token) combine(use, call, token);
-        use.leave();
     }
     return failed ? kNoMemory : kOk;
 } catch (const std::bad_alloc&) { return kNoMemory; }

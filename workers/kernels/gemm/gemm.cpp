@@ -147,7 +147,6 @@ EXPORT int longreach_linear(const LinearCall* call) {
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)
     {
-        use.enter(std::min<long>(group, call->rows));
 #pragma omp for schedule(dynamic) collapse(2)
         for (long g = 0; g < groups; ++g) {
             for (long piece = 0; piece < pieces; ++piece) {
@@ -170,7 +169,6 @@ EXPORT int longreach_linear(const LinearCall* call) {
                 }
             }
         }
-        use.leave();
     }
     return status;
 }

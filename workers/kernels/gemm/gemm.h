@@ -55,7 +55,7 @@ struct Operands {
     long k_tiles;
     long a_stride;  // values from the first strip of rows to the second
     bool add;       // to what c holds
-    // weights of one group as codes, whose sum is scaled, and moved where there are zero points; AMX takes whole tiles
+    // weights of one group as codes, whose sum is scaled, and moved where there are zero points
     const GroupScales* scales = nullptr;  // null: weights
     const float* sums = nullptr;  // of the group's inputs of each row; null: no zero points
     long lines = kStrip;  // of each tile, from where `a` and `b0` point
@@ -81,7 +81,7 @@ template <typename R, typename... A, R (*function)(A...)> struct Compiled<functi
 };
 
 inline void nothing() {}
-inline void nothing(long) {}
+inline void nothing(long, long) {}
 
 // One instruction set. `block` fills c, 32 x 32 floats, or adds to it; `store` and `swiglu` consume c.
 struct Engine {
@@ -91,8 +91,8 @@ struct Engine {
     void (*swiglu)(const float* c, long rows, bf16* out, long stride);
     // out = the sum of `count` rows of n values, n a multiple of 16
     void (*sum)(bf16* out, const bf16* const* rows, long count, long n);
-    void (*enter)(long rows);  // on a thread before blocks of so many rows
-    void (*leave)();  // on every thread after its last block
+    void (*enter)(long rows, long lines);  // on a thread before blocks of so many rows, and lines of each tile
+    void (*leave)();  // after them
 };
 
 // The engine of a path that the CPU has.

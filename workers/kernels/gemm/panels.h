@@ -110,10 +110,14 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
 
 template <typename Finish> void run_panels(int path, const TaskMemory& memory, float* c, const bf16* a, long rows,
                                            const Panels& panels, const Finish& finish) {
+    const Engine& use = engine(path);
+    const bool halves = scales_sums(panels.weight, path, panels.few) && parts_of_tile(panels.weight) == 2;
+    use.enter(rows, halves ? kStrip / 2 : kStrip);
     if (panels.weight.kind == kPlain)
-        run_plain(engine(path), c, a, rows, panels, finish);
+        run_plain(use, c, a, rows, panels, finish);
     else
         run_quantized(path, memory, c, a, rows, panels, finish);
+    use.leave();
 }
 
 }  // namespace longreach::gemm

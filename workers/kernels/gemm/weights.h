@@ -78,8 +78,8 @@ const Decoder& avx512_decoder(Path path);  // and AMX
 // (`few`: it decodes) would spend twice its time on rounding.
 constexpr long kAmxGroup = 128;
 inline bool scales_sums(const Weights& weights, int path, bool few) {
-    if (path != kAmx) return weights.group % kDepth == 0 || weights.group == kStrip;
-    return weights.group % kDepth == 0 && (few || weights.group >= kAmxGroup);
+    const bool ends_with_tiles = weights.group % kDepth == 0 || weights.group == kStrip;
+    return ends_with_tiles && (path != kAmx || few || weights.group >= kAmxGroup);
 }
 
 // Parts of a tile that have scales of their own.

@@ -78,18 +78,22 @@ void amx_block(float* c, const Operands& o, Ahead ahead) {
     return o.rows > kStrip ? amx_tiles<true, false>(c, o, ahead) : amx_tiles<false, false>(c, o, ahead);
 }
 
-// A strip that is not full has fewer rows: a product of one row costs little more than to read the weights.
+// Tiles of rows that are there: a product of one row costs little more than to read the weights. And of half the lines.
 struct Configs {
-    TileConfig of[kStrip + 1];
+    TileConfig of[2][kStrip + 1];
     constexpr Configs() : of() {
         for (int rows = 0; rows <= kStrip; ++rows) {
-            for (int tile = 0; tile < 6; ++tile) of[rows].rows[tile] = std::uint8_t(rows);
+            for (int tile = 0; tile < 6; ++tile) of[0][rows].rows[tile] = of[1][rows].rows[tile] = std::uint8_t(rows);
+            for (int tile = 4; tile < 6; ++tile) of[1][rows].row_bytes[tile] = kLine / 2;
+            for (int tile = 6; tile < 8; ++tile) of[1][rows].rows[tile] = kStrip / 2;
         }
     }
 };
 constexpr Configs kConfigs;
 
-AMX void amx_enter(long rows) { _tile_loadconfig(&kConfigs.of[std::min(rows, kStrip)]); }
+AMX void amx_enter(long rows, long lines) {
+    _tile_loadconfig(&kConfigs.of[lines == kStrip ? 0 : 1][std::min(rows, kStrip)]);
+}
 
 AMX void amx_leave() { _tile_release(); }
 
