@@ -19,6 +19,7 @@ from workers.bench.gpu.rates.attention import name_of
 from workers.bench.gpu.whole.model import (
     attention_spec,
     decode_bytes,
+    capture_graphs,
     on_interpreted_kernels,
     prompt,
     runner_of,
@@ -197,16 +198,22 @@ def _prefill_launches(context: Context) -> Line:
 
 
 def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
-    """Time decode steps of one sequence over random KV."""
+    """Time decode steps of one sequence over random KV, as graphs; the parts are those of an eager step before."""
     spec = attention_spec(context, False, False)
     steps = 2 if context.rehearsal else _DECODED
     with on_interpreted_kernels(context):
-        runner = runner_of(context, spec, keys + 2 * steps + 1, cache, filled=True)
+        runner = runner_of(context, spec, keys + 2 * steps + 2, cache, filled=True)
         feed = SequenceFeed(runner, context.sizes.page, keys)
         feed.skip([7] * keys)
         spent: list[float] = []
         _reset_peak(context)
-        token = 7
+        feed.take([7])
+        recorder = Recorder(context.device)
+        with recorder.recording(STEP):
+            feed.take(feed.tokens[-1:])
+        parts = {name: None if context.rehearsal else each * 1e3 for name, each in recorder.seconds().items()}
+        are_graphs = capture_graphs(context, runner)
+        token = feed.tokens[-1]
         for _ in range(2 * steps):
             context.synchronize()
             began = time.perf_counter()
@@ -214,10 +221,6 @@ def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
             context.synchronize()
             spent.append(time.perf_counter() - began)
             token = feed.tokens[-1]
-        recorder = Recorder(context.device)
-        with recorder.recording(STEP):
-            feed.take([token])
-    parts = {name: None if context.rehearsal else each * 1e3 for name, each in recorder.seconds().items()}
     needed = decode_bytes(spec, keys, cache or context.dtype)
     found = context.rates(spent[steps:], moved=float(needed))
     floor = context.ceiling("copy", "gbs")
@@ -225,7 +228,7 @@ def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
     times = None if not least or found["ms"] is None else found["ms"] / least
     return found | {
         "ms_a_token": found["ms"], "bytes": needed, "least_ms": least, "times_least": times, "parts_ms": parts,
-        "keys": keys, "peak_bytes": _peak(context), "missing": recorder.missing,
+        "keys": keys, "graphs": are_graphs, "peak_bytes": _peak(context), "missing": recorder.missing,
     }  # fmt: skip
 
 
