@@ -11,21 +11,23 @@ from functools import partial
 import torch
 
 from protos.model.spec import ModelSpec
-from workers.bench.gpu.context import Case, Context
+from protos.stage.messages import SequenceSlice, StepPlan
+from workers.bench.gpu.context import Case, Context, Sizes
 from workers.bench.gpu.journal import Line
 from workers.bench.gpu.parts import STEP, Recorder, count_launches
 from workers.bench.gpu.patterns import patterns, stated
 from workers.bench.gpu.rates.attention import name_of
 from workers.bench.gpu.whole.model import (
     attention_spec,
-    decode_bytes,
     capture_graphs,
+    decode_bytes,
     on_interpreted_kernels,
     prompt,
     runner_of,
     weights_of,
 )
 from workers.eval.whole_model import SequenceFeed
+from workers.runner.model_runner import ModelRunner
 
 _DECODED = 24  # steps that are timed, after as many
 _INT8 = torch.int8
@@ -103,7 +105,9 @@ def _prefill(one: Prompt, context: Context) -> Iterator[Line]:
             drawing = stack.enter_context(stated(pattern, context.device))
         runner = runner_of(context, spec, one.length, one.cache, filled=one.last_step)
         ids = prompt(spec, one.length)
-        _warm_up(context, runner, ids, step, one)
+        if not context.rehearsal:
+            warm_up(context.sizes, runner, ids, step, one)
+            context.synchronize()
         feed = SequenceFeed(runner, context.sizes.page, one.length)
         if begin:
             feed.skip(ids[:begin])
@@ -154,14 +158,22 @@ def _so_far(
     return found
 
 
-def _warm_up(context: Context, runner: object, ids: list[int], step: int, one: Prompt) -> None:
-    """Compute two steps, so that kernels are compiled and memory is taken; `runner` is reset by the next feed."""
-    if context.rehearsal:
-        return
-    feed = SequenceFeed(runner, context.sizes.page, one.length)  # type: ignore[arg-type]
+def warm_up(sizes: Sizes, runner: ModelRunner, ids: list[int], step: int, one: Prompt) -> None:
+    """Compute steps, so that kernels are compiled and memory is taken; the next feed forgets them.
+
+    Rows behind two DCA chunks take other builds of kernels. What is in the pages before them does not matter.
+    """
+    feed = SequenceFeed(runner, sizes.page, one.length)
     for start in (0, step):
         feed.take(ids[start : start + step], sample=False)
-    context.synchronize()
+    if not one.chunks:
+        return
+    runner.reset()
+    start = (one.length - 1) // step * step
+    stop = one.length if one.last_step else start + sizes.cell
+    pages = range(-(-stop // sizes.page))
+    part = SequenceSlice(0, start, stop - start, one.length, ids[start:stop], pages, len(pages), None)
+    runner.execute(StepPlan(0, (part,)))
 
 
 def _density(feed: SequenceFeed) -> float | None:

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from protos.stage.messages import StepPlan
 from workers.bench.gpu.context import Context
 from workers.bench.gpu.journal import Journal
-from workers.bench.gpu.whole.end_to_end import decode_cases
+from workers.bench.gpu.whole.end_to_end import decode_cases, prompts, warm_up
+from workers.bench.gpu.whole.model import attention_spec
+from workers.model.batch import PageTables
 from workers.runner.decode_graphs import DecodeGraphs
+from workers.runner.model_runner import StepOutput
 
 
 def test_steps_that_decode_are_timed_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +33,27 @@ def test_steps_that_decode_are_timed_as_graphs(tmp_path: Path, monkeypatch: pyte
             assert len(replays) == 4, "all steps that are timed"
             return
     pytest.fail("no step is timed")
+
+
+def test_what_is_timed_was_compiled_before(tmp_path: Path) -> None:
+    """Rows behind two DCA chunks take other builds of kernels than the first two steps of a prompt."""
+    context = Context(Journal(tmp_path / "x", "x"), torch.device("cpu"), time.monotonic() + 600)
+    regions: list[int] = []
+
+    class Planned:
+        """A runner that computes nothing."""
+
+        def reset(self) -> None:
+            self.tables = PageTables(context.sizes.page)
+
+        def execute(self, plan: StepPlan, keep_logits: bool = False) -> StepOutput:
+            self.tables.apply(plan)
+            regions.append(len(self.tables.batch(plan, spec, context.device).regions))
+            return StepOutput()
+
+    for one, _ in prompts(context):
+        if one.chunks:
+            spec = attention_spec(context, one.sparse, True)
+            regions.clear()
+            warm_up(context.sizes, Planned(), [7] * one.length, context.sizes.step, one)  # type: ignore[arg-type]
+            assert regions == [1, 1, 3], one.name
