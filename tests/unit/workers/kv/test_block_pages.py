@@ -45,6 +45,6 @@ def test_copies_of_a_gpu_go_through_its_own_stream(tmp_path: Path, monkeypatch: 
 
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, entering(name))
-    pages._stream = "a stream"
+    pages._stream = "a stream"  # type: ignore[assignment]
     pages.read(0, 0, slice(0, 16))
     assert entered == [("device", torch.device("cpu")), ("stream", "a stream")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from workers.bench.gpu.journal import Journal
 from workers.bench.gpu.whole.end_to_end import decode_cases, prompts, warm_up
 from workers.bench.gpu.whole.model import attention_spec
 from workers.model.batch import PageTables
-from workers.runner.decode_graphs import DecodeGraphs
+from workers.runner.decode_graphs import DecodeGraphs, Outputs
 from workers.runner.model_runner import StepOutput
 
 
@@ -23,7 +24,12 @@ def test_steps_that_decode_are_timed_as_graphs(tmp_path: Path, monkeypatch: pyte
     context = Context(Journal(tmp_path / "x", "x", True), torch.device("cpu"), time.monotonic() + 600)
     replays: list[object] = []
     run = DecodeGraphs.run
-    monkeypatch.setattr(DecodeGraphs, "run", lambda *arguments: replays.append(1) or run(*arguments))
+
+    def counted(*arguments: Any) -> Outputs:
+        replays.append(1)
+        return run(*arguments)
+
+    monkeypatch.setattr(DecodeGraphs, "run", counted)
     for case in decode_cases(context):
         found = case.run(context)
         if case.name.endswith("KV"):
