@@ -59,7 +59,6 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "workers/bench": "tests/unit/workers/bench/test_main.py; transformers_peer in tests/integration/cli/test_bench.py",
     "workers/eval/__main__.py": "tests/integration/cli/test_eval.py",
     "workers/model/sparse_prefill.py": "tests/identity/test_sparse_prefill.py",
-    "workers/runner/cuda_recorder.py": "tests/gpu/test_graphs.py: needs a GPU",
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
     "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
 }

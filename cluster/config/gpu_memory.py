@@ -29,6 +29,7 @@ _COLUMN_BYTES, _ENTRY_BYTES = 1 << 30, 512 << 20  # what they take at once for c
 _SAMPLED_ROWS = 64 + 32  # of a cell: of the estimate, and held out
 _CHUNK = 4096  # keys that one program estimates
 _SUMS_BYTES = 2 * 132 * 2 * 64 * 3 * 64 * 2  # tiles that programs of the estimate keep, on 132 multiprocessors
+_LINK_STEPS = 4  # tensors that a link from GPU to GPU holds at either end, at most (workers/transport/device.py)
 _SAMPLING_BYTES = 56  # of a token of the vocabulary, while one row is sampled in float64
 
 
@@ -69,7 +70,18 @@ def most_columns(spec: ModelSpec, context: int) -> int:
 def gpu_scratch_bytes(spec: ModelSpec, shard: ShardSpec, tokens: int, context: int, sampled: int) -> int:
     """Return the bytes that a shard on a GPU needs beside weights and KV for steps of at most so many tokens."""
     most = max(step_bytes(spec, shard, step) for step in largest_steps(spec, tokens, context, sampled))
-    return int(FRAGMENTS * most) + LIBRARY_BYTES + GRAPH_BYTES
+    return int(FRAGMENTS * most) + link_bytes(spec, shard, tokens) + LIBRARY_BYTES + GRAPH_BYTES
+
+
+def link_bytes(spec: ModelSpec, shard: ShardSpec, tokens: int) -> int:
+    """Return the bytes of hidden states that came before their step, or have not left after it.
+
+    They are those of the steps in flight but the one that is computed: in prefill as many as there are stages, and two
+    at least.
+    """
+    links = (not shard.is_first) + (not shard.is_last)
+    steps = min(max(2, shard.num_stages) - 1, _LINK_STEPS * links)
+    return steps * tokens * WIDTH * spec.hidden_size
 
 
 def rehearsed_scratch_bytes(peak: int) -> int:

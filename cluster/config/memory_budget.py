@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.gpu_memory import WIDTH, gpu_scratch_bytes, rehearsed_scratch_bytes
+from cluster.config.gpu_memory import WIDTH, gpu_scratch_bytes, link_bytes, rehearsed_scratch_bytes
 from cluster.config.topology import kv_bytes_per_token, product_params, shard_weight_bytes, table_params
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec
@@ -161,5 +161,7 @@ def _scratch_of_all(deployment: Deployment, loaded: Sequence[LoadProgress]) -> i
     """Return the bytes that the largest step needs on any shard: as rehearsed if all shards did, else estimated."""
     rehearsed = [progress.rehearsed_bytes for progress in loaded]
     if all(rehearsed):
-        return rehearsed_scratch_bytes(max(rehearsed))
+        tokens = step_tokens(deployment)
+        links = max(link_bytes(deployment.spec, shard, tokens) for shard in deployment.shards)  # a rehearsal has none
+        return rehearsed_scratch_bytes(max(rehearsed)) + links
     return max(shard_scratch_bytes(deployment, shard) for shard in deployment.shards)

@@ -9,7 +9,7 @@ Legend: `K` KV heads, `D` head dim, `P` page size, `T` tokens of a block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,14 @@ class DevicePages(BlockPages):
     def _index(self, rows: Rows) -> slice | torch.Tensor:
         return rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self._device)
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # a thread's first device is GPU 0: going back to its stream would leave memory there
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
 
 
 def open_pages(kv: PagedKV, layers: int) -> BlockPages:

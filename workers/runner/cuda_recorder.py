@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,14 @@ class CudaRecorder:
                     work()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # other threads may call CUDA meanwhile: those of links and of stored KV
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                work()
+            try:
+                # other threads may call CUDA meanwhile: those of links and of stored KV
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    work()
+            except RuntimeError:
+                # A capture that CUDA has broken off goes on for PyTorch's allocator: it would never again give cached
+                # memory back when memory is short.
+                with contextlib.suppress(RuntimeError):  # this one was ended
+                    torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+                raise
         return graph.replay

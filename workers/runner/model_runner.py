@@ -73,14 +73,17 @@ class ModelRunner:
         self._device_tables = DeviceTables(kv.num_pages, self.device) if calls.supports(self.device) else None
         self._graphs: DecodeGraphs | None = None
 
-    def capture_decode(self, capacity: int, recorder: Recorder | None = None) -> None:
+    def capture_decode(self, capacity: int, recorder: Recorder | None = None) -> bool:
         """Capture graphs for steps that decode up to `capacity` rows; if that fails, they run eagerly as before.
 
         Args:
             recorder: on a GPU the default, CUDA graphs.
+
+        Returns:
+            Whether there are graphs.
         """
         if self._device_tables is None or not self.decoder.is_capturable:
-            return
+            return False
         rows = min(capacity, MOST_ROWS)
         try:
             self._device_tables.reserve(capacity)  # they must not move when a step has more rows than graphs
@@ -89,8 +92,9 @@ class ModelRunner:
             graphs.capture()
         except RuntimeError as error:
             _log.warning("steps that decode run without CUDA graphs: %s", " ".join(str(error).split())[:300])
-            return
+            return False
         self._graphs = graphs
+        return True
 
     @contextmanager
     def settled_by(self, wait: Callable[[], object]) -> Iterator[None]:

@@ -74,7 +74,8 @@ def apply_mask(logits: torch.Tensor, mask: bytes) -> torch.Tensor:
 
 def ban(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     """Return logits `[V]` of which those of `ids` are -inf, unchanged if nothing else could be sampled."""
-    rest = logits.index_fill(0, torch.tensor([i for i in ids if i < len(logits)], device=logits.device), -math.inf)
+    inside = torch.tensor([i for i in ids if i < len(logits)], dtype=torch.int64, device=logits.device)
+    rest = logits.index_fill(0, inside, -math.inf)
     return rest if bool((rest > -math.inf).any()) else logits
 
 

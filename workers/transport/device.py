@@ -93,6 +93,11 @@ class Pair:
             self.close()
             raise LinkClosed(f"the two ends of a link did not meet: {error}") from error
 
+    def use_on_this_thread(self) -> None:
+        """Make the device that of the calling thread: its first one is GPU 0, on which it would leave memory."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def send(self, tensor: torch.Tensor) -> Transfer:
         """Begin to send a tensor of this device, which must not change any more. Raises RuntimeError: not possible."""
         tensor = tensor.contiguous()
@@ -248,6 +253,7 @@ class DeviceInbox:
     def _post(self) -> None:
         """Post a receive for every announcement."""
         try:
+            self._pair.use_on_this_thread()
             while not self._reason:
                 header = self._inbox.take_announcement()
                 self._room.acquire()

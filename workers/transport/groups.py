@@ -23,6 +23,10 @@ NCCL_SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # an error that NCCL reports neither aborts a group nor ends the process
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # else a thread that is stuck, as in a long abort, ends the process
     "TORCH_NCCL_BLOCKING_WAIT": "0",  # `wait` has the stream wait, not the thread
+    # Else a watching thread, which the end of a group waits for, sleeps a minute for every operation that was late, and
+    # another one writes stack traces of all threads.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME", "lo"  # all members are on one node, and NCCL's sockets know no token
 

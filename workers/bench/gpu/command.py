@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from protos.node.environment import build_id
 from workers.bench.gpu.call import child_command, child_environment, run_cases, watch
 from workers.bench.gpu.context import Case, Context
-from workers.bench.gpu.journal import Journal, read_lines
+from workers.bench.gpu.journal import Journal, Line, read_lines
 from workers.bench.gpu.show import show
 
 STAGES = ("env", "checks", "kernels", "tune", "prefill", "decode")
@@ -77,11 +78,18 @@ def _child(options: argparse.Namespace, stages: Sequence[str]) -> int:
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(device)
-    journal = Journal(options.out, options.call, options.rehearse)
+    journal = Journal(options.out, options.call, options.rehearse, origin_of(device))
+    journal.check_card()
     context = Context(journal, device, time.monotonic() + 60 * options.child)
     cases = [case for case in all_cases(context, stages) if options.only in case.name]
     with torch.inference_mode():
         return run_cases(context, cases)
+
+
+def origin_of(device: torch.device) -> Line:
+    """Return what every line says of its origin: the build, and the card where there is one."""
+    origin: Line = {"build": build_id()}
+    return origin | ({"card": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def all_cases(context: Context, stages: Sequence[str]) -> Iterator[Case]:

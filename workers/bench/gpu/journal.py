@@ -1,6 +1,7 @@
 """The file of a benchmark: a line of JSON for every case, written when it is known.
 
-A line names its `stage`, `case`, `state` and `call`; what was measured stands beside that. `begun` is written before a
+A line names its `stage`, `case`, `state` and `call`, and of which build and card it is; what was measured stands beside
+that. `begun` is written before a
 case, `part` while it runs, then `done` or `failed`. Lines of a rehearsal say `"rehearsal": true`.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Lines of one call are appended to `path`; those of calls before stay."""
+    """Lines of one call are appended to `path`; those of calls before stay. `origin` is written into every line."""
 
     path: Path
     call: str
     rehearsal: bool = False
+    origin: Line = field(default_factory=dict)
 
     def write(self, stage: str, case: str, state: str, values: Line | None = None) -> None:
         """Append a line; it is on disk when this returns."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        line: Line = {"stage": stage, "case": case, "state": state, "call": self.call, "at": now}
+        line: Line = {"stage": stage, "case": case, "state": state, "call": self.call, "at": now, **self.origin}
         if self.rehearsal:
             line["rehearsal"] = True
         text = json.dumps(line | (values or {}), default=str)
@@ -60,6 +62,13 @@ class Journal:
         """Return the last line of a case that is done."""
         found = [line for line in self._own() if _key(line) == (stage, case) and line["state"] == "done"]
         return found[-1] if found else None
+
+    def check_card(self) -> None:
+        """Raise ValueError if the file has lines of another card: their ceilings are not those of this one."""
+        card = self.origin.get("card")
+        for line in self._own():
+            if line.get("card", card) != card:
+                raise ValueError(f"--out: {self.path}: has lines of {line['card']}, this is {card}: name another file")
 
     def _own(self) -> list[Line]:
         return [line for line in read_lines(self.path) if bool(line.get("rehearsal")) == self.rehearsal]

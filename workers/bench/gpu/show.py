@@ -14,8 +14,8 @@ Found = Mapping[tuple[str, str], Line]
 _H200 = "NVIDIA H200"
 _FIGURES = (
     "ok", "ms", "low", "high", "repeats", "tflops", "of_matmul", "gbs", "of_copy", "share", "kernel_tflops",
-    "kernel_of_matmul", "ratio", "seconds", "tokens", "peak_bytes", "ms_a_token", "times_least", "dense_a_layer",
-    "sparse_a_layer", "launches", "why",
+    "kernel_of_matmul", "ratio", "seconds", "tokens", "peak_bytes", "ms_a_token", "times_least", "graphs",
+    "dense_a_layer", "sparse_a_layer", "launches", "why",
 )  # fmt: skip
 
 

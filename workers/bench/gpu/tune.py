@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from workers.attention import cards
-from workers.bench.gpu.context import Case, Context
+from workers.bench.gpu.context import Case, Context, Sizes
 from workers.bench.gpu.journal import Line, read_lines
-from workers.bench.gpu.patterns import patterns
+from workers.bench.gpu.patterns import Pattern, patterns
 from workers.bench.gpu.rates.attention import run_dense, run_sparse
 from workers.kernels.triton.lists import TILES
 
@@ -31,9 +31,16 @@ def _library(library: str, dim: int, context: Context) -> Line:
     return run_dense(context, library, context.sizes.short, dim)
 
 
+def tiled(sizes: Sizes) -> tuple[Pattern, int]:
+    """Return the pattern and the keys that tiles are timed on: offsets that scatter, where the choice matters.
+
+    The keys are many, as on few the heads of such a pattern are dense, whatever their tiles.
+    """
+    return patterns(sizes)[2], sizes.long
+
+
 def _tile(tile: int, dim: int, context: Context) -> Line:
-    """Time the kernel on offsets that scatter: there the choice matters."""
-    return run_sparse(context, patterns(context.sizes)[2], context.sizes.middle, tile, dim)
+    return run_sparse(context, *tiled(context.sizes), tile, dim)
 
 
 def table_of(path: Path) -> dict[str, dict[str, Any]]:

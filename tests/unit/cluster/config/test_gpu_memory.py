@@ -16,6 +16,7 @@ from cluster.config.gpu_memory import (
     GpuStep,
     gpu_scratch_bytes,
     largest_steps,
+    link_bytes,
     most_columns,
     rehearsed_scratch_bytes,
     step_bytes,
@@ -79,6 +80,27 @@ def test_admission_and_plans_take_it(given: Deployment) -> None:
     assert account(given, given.max_model_len)[0].scratch_bytes == expected
     (step,) = largest_steps(given.spec, prefill.max_num_batched_tokens, given.max_model_len, prefill.max_num_seqs)
     assert expected == int(FRAGMENTS * step_bytes(given.spec, shard, step)) + LIBRARY_BYTES + GRAPH_BYTES
+
+
+def test_hidden_states_on_their_way_count_whether_a_step_was_rehearsed_or_not(given: Deployment) -> None:
+    """A receive is posted while the step before computes, and a step begins while the one before is being sent."""
+    spec, (whole,) = given.spec, given.shards
+
+    def steps(stage: int, stages: int) -> float:
+        shard = replace(whole, stage=stage, num_stages=stages)
+        return link_bytes(spec, shard, 1000) / (1000 * 2 * spec.hidden_size)
+
+    assert [steps(stage, 2) for stage in range(2)] == [1, 1]
+    assert [steps(stage, 8) for stage in (0, 3, 7)] == [4, 7, 4]
+    assert steps(0, 1) == 0
+    two = replace(given, shards=tuple(replace(whole, stage=stage, num_stages=2) for stage in range(2)))
+    loaded = [LoadProgress(1, 1, True, 0, 60 * GIB, rehearsed_bytes=GIB)] * 2
+    asked = replace(two, config=given.config.model_copy(update={
+        "kv_cache": given.config.kv_cache.model_copy(update={"bytes": None, "fraction": 1.0})
+    }))  # fmt: skip
+    tokens = given.config.prefill.max_num_batched_tokens
+    left = 60 * GIB - rehearsed_scratch_bytes(GIB) - 2 * tokens * spec.hidden_size
+    assert kv_budget(asked, loaded, 1) == left
 
 
 def test_a_rehearsed_step_corrects_the_account(given: Deployment) -> None:

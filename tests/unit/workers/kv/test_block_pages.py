@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,3 +30,21 @@ def test_the_cache_of_the_host_is_not_copied(tmp_path: Path):
     assert type(shard.pages) is BlockPages
     (keys, _) = shard.pages.read(1, 2, slice(16, 32))
     assert keys.ctypes.data == shard.kv.layer(1).keys[2, 16:].data_ptr()
+
+
+def test_copies_of_a_gpu_go_through_its_own_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The device is that of the thread before the stream is, so that going back touches no other GPU."""
+    pages, entered = DevicePages(Shard(tmp_path).kv, LAYERS), []
+
+    def entering(what: str) -> object:
+        def context(value: object) -> contextlib.AbstractContextManager[object]:
+            entered.append((what, value))
+            return contextlib.nullcontext()
+
+        return context
+
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, entering(name))
+    pages._stream = "a stream"  # type: ignore[assignment]
+    pages.read(0, 0, slice(0, 16))
+    assert entered == [("device", torch.device("cpu")), ("stream", "a stream")]

@@ -85,6 +85,8 @@ def test_banned_tokens_come_only_where_nothing_else_may():
         assert Sampler(VOCAB).sample(1, logits(), one).token_id == worst[1]
     only = SampleSpec(params, 0, mask=packed(worst[:1]), banned=[*worst, VOCAB + 5])
     assert Sampler(VOCAB).sample(1, logits(), only).token_id == worst[0]
+    none = SampleSpec(params, 0, mask=packed(worst[:1]), banned=[VOCAB + 5])
+    assert Sampler(VOCAB).sample(1, logits(), none).token_id == worst[0], "the vocabulary has none of the banned ids"
 
 
 def test_a_forced_token_has_its_own_logprob():

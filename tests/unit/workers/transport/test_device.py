@@ -241,7 +241,10 @@ class FakePair:
     device = torch.device("cuda")
 
     def __init__(self) -> None:
-        self.closed = 0
+        self.closed = self.threads = 0
+
+    def use_on_this_thread(self) -> None:
+        self.threads += 1
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> FakePair:
         self.tensor = torch.zeros(tuple(shape), dtype=dtype)
@@ -360,3 +363,15 @@ def test_transfers_have_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch):
     assert gpu.log[2:] == ["abort"]
     with pytest.raises(LinkClosed, match="the link was closed"):
         pair.send(torch.ones(3))
+
+
+def test_the_thread_that_posts_receives_uses_the_gpu_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins with GPU 0, and would leave memory there when it returns to its stream."""
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    pair = FakePair()
+    DeviceInbox(Inbox("activations"), pair).close()  # type: ignore[arg-type]
+    assert pair.threads == 1
+    Pair.use_on_this_thread(SimpleNamespace(device=torch.device("cuda", 1)))  # type: ignore[arg-type]
+    Pair.use_on_this_thread(SimpleNamespace(device=CPU))  # type: ignore[arg-type]
+    assert used == [torch.device("cuda", 1)]

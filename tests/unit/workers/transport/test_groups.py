@@ -86,6 +86,7 @@ def test_nccl_is_told_not_to_end_the_process(monkeypatch: pytest.MonkeyPatch):
     make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)
     ours = dict.fromkeys(NCCL_SETTINGS, "0")
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" in ours
+    assert "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC" in ours, "the end of a group waits a minute for every late reduction"
     assert seen == [ours | {"NCCL_SOCKET_IFNAME": "lo"}]
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     make_group(dist.HashStore(), 0, 2, torch.device("cuda"), 1.0)

@@ -73,7 +73,9 @@ class Worst:
     def compare(self, what: object, got: torch.Tensor, twin: torch.Tensor, wanted: torch.Tensor) -> None:
         """Note the errors of one cell."""
         own, other = error_of(got, wanted), error_of(twin, wanted)
-        self._found.append((own / max(other, _NOISE / ALLOWED), own, other, str(what)))
+        ratio = own / max(other, _NOISE / ALLOWED)
+        # of two infinite errors it is NaN, which is no larger than others
+        self._found.append((ratio if ratio == ratio else float("inf"), own, other, str(what)))
 
     def equal(self, what: object, got: torch.Tensor, wanted: torch.Tensor) -> None:
         """Note whether all values are equal."""

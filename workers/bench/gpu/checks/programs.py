@@ -84,12 +84,16 @@ def _sanitizer(context: Context) -> Line:
         return {"ok": None, "why": "a rehearsal" if context.rehearsal else "there is no compute-sanitizer"}
     limit = min(_SANITIZER_S, context.left() - 5)
     code = f"from workers.bench.gpu.checks.programs import run_sanitized; run_sanitized({_SANITIZED!r})"
-    command = [path, "--tool", "memcheck", "--error-exitcode", "66", "--print-limit", "10", sys.executable, "-c", code]
+    options = ["--tool", "memcheck", "--error-exitcode", "66", "--print-limit", "10"]
+    options += ["--report-api-errors", "no"]  # calls of torch that may fail, such as those that ask what is there
+    command = [path, *options, sys.executable, "-c", code]
     status, output = _run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1", PYTORCH_CUDA_ALLOC_CONF="")
-    passed = [line.removeprefix("passed ") for line in output.splitlines() if line.startswith("passed ")]
-    if status and len(passed) < len(_SANITIZED):
-        raise AssertionError(f"exit code {status} after {passed}: {output[-1000:]}")
-    return {"ok": status == 0, "cases": passed, "summary": output.strip().splitlines()[-1]}
+    lines = output.strip().splitlines()
+    passed = [line.removeprefix("passed ") for line in lines if line.startswith("passed ")]
+    if status:
+        said = "\n".join([line for line in lines if line.startswith("=====")][:12])
+        raise AssertionError(f"exit code {status} after {passed}: {said[:700]}\n{output[-500:]}")
+    return {"ok": True, "cases": passed, "summary": lines[-1]}
 
 
 def run_sanitized(names: Sequence[str], device: str = "cuda", say: Callable[[str], object] = print) -> None:

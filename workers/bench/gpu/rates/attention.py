@@ -171,13 +171,21 @@ def run_sparse(context: Context, pattern: Pattern, keys: int, tile: int, dim: in
         cuda.attend_lists(q, staged, plan, scales, lists)
     spent = recorder.seconds()
     parts = {name: None if context.rehearsal else seconds * 1e3 for name, seconds in spent.items()}
-    kernel = context.rates([spent["kernel"]] if "kernel" in spent else [], 4.0 * pairs * dim)
+    kernel = kernel_rate(context, spent.get("kernel"), visited, plan, dim)
     total = plan.causal_pairs * sizes.heads
     return found | {
         "pattern": pattern.name, "tile": tile, "rows": rows, "keys": keys, "dim": dim, "share": pairs / total,
         "dense_heads": int((visited == plan.causal_pairs).sum()), "parts_ms": parts,
         "kernel_tflops": kernel.get("tflops"), "kernel_of_matmul": kernel.get("of_matmul"),
     }  # fmt: skip
+
+
+def kernel_rate(
+    context: Context, seconds: float | None, visited: torch.Tensor, plan: AttentionPlan, dim: int
+) -> Line:  # fmt: skip
+    """Return the rates of the sparse kernel alone, by the pairs `visited` `[H]` of heads that are not dense."""
+    pairs = int(visited[visited != plan.causal_pairs].sum())
+    return context.rates([seconds] if seconds and pairs else [], 4.0 * pairs * dim)
 
 
 def _sparse(pattern: Pattern, keys: int, tile: int, context: Context) -> Line:

@@ -11,13 +11,15 @@ from functools import partial
 import torch
 
 from protos.model.spec import ModelSpec
-from workers.bench.gpu.context import Case, Context
+from protos.stage.messages import SequenceSlice, StepPlan
+from workers.bench.gpu.context import Case, Context, Sizes
 from workers.bench.gpu.journal import Line
 from workers.bench.gpu.parts import STEP, Recorder, count_launches
 from workers.bench.gpu.patterns import patterns, stated
 from workers.bench.gpu.rates.attention import name_of
 from workers.bench.gpu.whole.model import (
     attention_spec,
+    capture_graphs,
     decode_bytes,
     on_interpreted_kernels,
     prompt,
@@ -25,6 +27,7 @@ from workers.bench.gpu.whole.model import (
     weights_of,
 )
 from workers.eval.whole_model import SequenceFeed
+from workers.runner.model_runner import ModelRunner
 
 _DECODED = 24  # steps that are timed, after as many
 _INT8 = torch.int8
@@ -102,7 +105,9 @@ def _prefill(one: Prompt, context: Context) -> Iterator[Line]:
             drawing = stack.enter_context(stated(pattern, context.device))
         runner = runner_of(context, spec, one.length, one.cache, filled=one.last_step)
         ids = prompt(spec, one.length)
-        _warm_up(context, runner, ids, step, one)
+        if not context.rehearsal:
+            warm_up(context.sizes, runner, ids, step, one)
+            context.synchronize()
         feed = SequenceFeed(runner, context.sizes.page, one.length)
         if begin:
             feed.skip(ids[:begin])
@@ -153,14 +158,22 @@ def _so_far(
     return found
 
 
-def _warm_up(context: Context, runner: object, ids: list[int], step: int, one: Prompt) -> None:
-    """Compute two steps, so that kernels are compiled and memory is taken; `runner` is reset by the next feed."""
-    if context.rehearsal:
-        return
-    feed = SequenceFeed(runner, context.sizes.page, one.length)  # type: ignore[arg-type]
+def warm_up(sizes: Sizes, runner: ModelRunner, ids: list[int], step: int, one: Prompt) -> None:
+    """Compute steps, so that kernels are compiled and memory is taken; the next feed forgets them.
+
+    Rows behind two DCA chunks take other builds of kernels. What is in the pages before them does not matter.
+    """
+    feed = SequenceFeed(runner, sizes.page, one.length)
     for start in (0, step):
         feed.take(ids[start : start + step], sample=False)
-    context.synchronize()
+    if not one.chunks:
+        return
+    runner.reset()
+    start = (one.length - 1) // step * step
+    stop = one.length if one.last_step else start + sizes.cell
+    pages = range(-(-stop // sizes.page))
+    part = SequenceSlice(0, start, stop - start, one.length, ids[start:stop], pages, len(pages), None)
+    runner.execute(StepPlan(0, (part,)))
 
 
 def _density(feed: SequenceFeed) -> float | None:
@@ -197,16 +210,22 @@ def _prefill_launches(context: Context) -> Line:
 
 
 def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
-    """Time decode steps of one sequence over random KV."""
+    """Time decode steps of one sequence over random KV, as graphs; the parts are those of an eager step before."""
     spec = attention_spec(context, False, False)
     steps = 2 if context.rehearsal else _DECODED
     with on_interpreted_kernels(context):
-        runner = runner_of(context, spec, keys + 2 * steps + 1, cache, filled=True)
+        runner = runner_of(context, spec, keys + 2 * steps + 2, cache, filled=True)
         feed = SequenceFeed(runner, context.sizes.page, keys)
         feed.skip([7] * keys)
         spent: list[float] = []
         _reset_peak(context)
-        token = 7
+        feed.take([7])
+        recorder = Recorder(context.device)
+        with recorder.recording(STEP):
+            feed.take(feed.tokens[-1:])
+        parts = {name: None if context.rehearsal else each * 1e3 for name, each in recorder.seconds().items()}
+        are_graphs = capture_graphs(context, runner)
+        token = feed.tokens[-1]
         for _ in range(2 * steps):
             context.synchronize()
             began = time.perf_counter()
@@ -214,10 +233,6 @@ def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
             context.synchronize()
             spent.append(time.perf_counter() - began)
             token = feed.tokens[-1]
-        recorder = Recorder(context.device)
-        with recorder.recording(STEP):
-            feed.take([token])
-    parts = {name: None if context.rehearsal else each * 1e3 for name, each in recorder.seconds().items()}
     needed = decode_bytes(spec, keys, cache or context.dtype)
     found = context.rates(spent[steps:], moved=float(needed))
     floor = context.ceiling("copy", "gbs")
@@ -225,7 +240,7 @@ def _decode(keys: int, cache: torch.dtype | None, context: Context) -> Line:
     times = None if not least or found["ms"] is None else found["ms"] / least
     return found | {
         "ms_a_token": found["ms"], "bytes": needed, "least_ms": least, "times_least": times, "parts_ms": parts,
-        "keys": keys, "peak_bytes": _peak(context), "missing": recorder.missing,
+        "keys": keys, "graphs": are_graphs, "peak_bytes": _peak(context), "missing": recorder.missing,
     }  # fmt: skip
 
 

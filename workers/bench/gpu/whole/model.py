@@ -6,7 +6,7 @@ A rehearsal has a tiny model of the same kind in float32, computed by the interp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -110,6 +110,19 @@ def runner_of(
     if filled:
         fill(context, kv, spec.num_hidden_layers)
     return ModelRunner(spec, whole_model(spec), weights, kv, Collectives(), context.device)
+
+
+class _Again:
+    """Stands for CUDA graphs in a rehearsal: a replay does the work once more."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return work
+
+
+def capture_graphs(context: Context, runner: ModelRunner) -> bool:
+    """Have steps of one row run as graphs, as in a stage; returns whether they do."""
+    return runner.capture_decode(1, _Again() if context.rehearsal else None)
 
 
 def prompt(spec: ModelSpec, length: int) -> list[int]:

@@ -58,3 +58,13 @@ def test_lines_go_on_behind_one_that_was_cut(tmp_path: Path) -> None:
     path.write_text('{"stage": "env", "ca')
     Journal(path, "b").write("env", "card", "done")
     assert [line["case"] for line in read_lines(path)] == ["card"]
+
+
+def test_every_line_says_of_which_build_and_card_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    first = Journal(path, "a", origin={"build": "1", "card": "A card"})
+    first.write("kernels", "one", "done", {"ms": 1.5})
+    assert (read_lines(path)[0]["build"], read_lines(path)[0]["card"]) == ("1", "A card")
+    Journal(path, "b", origin={"build": "2", "card": "A card"}).check_card()
+    with pytest.raises(ValueError, match="has lines of A card, this is Another: name another file"):
+        Journal(path, "c", origin={"build": "1", "card": "Another"}).check_card()

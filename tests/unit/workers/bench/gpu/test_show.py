@@ -64,6 +64,15 @@ def test_nothing_of_a_rehearsal_is_a_result(tmp_path: Path) -> None:
     assert text.count("not measured") == len(TARGETS)
 
 
+def test_lines_of_two_builds_are_told_of(tmp_path: Path) -> None:
+    """Also where the second call did not repeat the facts of the card, as they were there."""
+    path = tmp_path / "x.jsonl"
+    Journal(path, "a", origin={"build": "1"}).write("env", "card", "done", {"name": "A card"})
+    assert "WARNING" not in "\n".join(show(path))
+    Journal(path, "b", origin={"build": "2"}).write("kernels", "SwiGLU", "done", {"ms": 1.0})
+    assert "WARNING: these lines come from 2 different builds" in "\n".join(show(path))
+
+
 def test_an_empty_file_is_said_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no lines: run the benchmark with --out"):
         list(show(tmp_path / "x.jsonl"))

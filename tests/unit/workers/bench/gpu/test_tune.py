@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from workers.attention.cuda import plan_rows
+from workers.attention.plan import AttentionPlan
+from workers.bench.gpu.context import Sizes
 from workers.bench.gpu.journal import Journal
-from workers.bench.gpu.tune import table_of, write_table
+from workers.bench.gpu.patterns import StatedKept
+from workers.bench.gpu.tune import table_of, tiled, write_table
+from workers.kernels.triton.lists import TILES, cell_lists, choose_tiles
+from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape
 
 
 def tuned(path: Path, rehearsal: bool = False) -> Path:
@@ -48,3 +56,18 @@ def test_other_cards_stay_in_the_table(tmp_path: Path) -> None:
 def test_a_rehearsal_writes_no_table(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="measured on a GPU"):
         table_of(tuned(tmp_path / "x.jsonl", rehearsal=True))
+
+
+def test_tiles_are_timed_on_heads_that_are_not_dense() -> None:
+    """A head that is dense with either size of tiles says nothing of them: the sparse kernel has nothing to do."""
+    sizes = Sizes()
+    pattern, keys = tiled(sizes)
+    plan = AttentionPlan(keys - sizes.cell, sizes.cell)
+    span = CellSpan(plan.start, keys, ((0, keys, 0),))
+    kept = StatedKept(pattern, CellTables.make([span], sizes.last_q, TileShape(), "cpu"), 1)
+    words = kept.offset_words[0, 0, :, None] >> torch.arange(32)
+    edges = np.flatnonzero(np.diff((words & 1).flatten().numpy(), prepend=0, append=0)).reshape(-1, 2)
+    columns = kept.columns[0, 0].numpy()
+    for tile in TILES:
+        lists = cell_lists([edges - np.array([0, 1])], [columns], keys, tile, "cpu")
+        assert choose_tiles([lists], plan_rows(plan), [1]).head_tiles.tolist() == [tile]

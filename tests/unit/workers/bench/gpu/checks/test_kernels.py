@@ -29,6 +29,11 @@ def test_a_kernel_may_err_by_half_more_than_its_twin() -> None:
     wrong.compare("b", wanted + 0.0016, wanted + 0.001, wanted)
     with pytest.raises(AssertionError, match="'worst': 'b'"):
         wrong.line()
+    damaged = Worst()
+    damaged.compare("a", wanted, wanted, wanted)
+    damaged.compare("b", wanted * math.nan, wanted * math.nan, wanted)
+    with pytest.raises(AssertionError, match="'worst': 'b'"):
+        damaged.line()
     unequal = Worst()
     unequal.equal("codes", torch.tensor([1, 2]), torch.tensor([1, 3]))
     with pytest.raises(AssertionError, match="codes"):

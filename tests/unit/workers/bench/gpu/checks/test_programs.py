@@ -37,3 +37,25 @@ def test_output_of_a_program_is_kept_when_it_is_late() -> None:
     assert (code, output.strip()) == (3, "x")
     late = "import time; print('begun', flush=True); time.sleep(600)"
     assert programs._run([sys.executable, "-c", late], 8) == (124, "begun\n")
+
+
+@pytest.mark.parametrize("code", [0, 66])
+def test_an_access_out_of_bounds_fails_though_all_results_are_right(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be done, and nothing would look again when it is mended."""
+    said = [*(f"passed {name}" for name in programs._SANITIZED), "========= Invalid __global__ read of size 4 bytes"]
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in said[: None if code else -1]))
+    with program.open("a") as file:
+        file.write(f"exit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (check,) = (case for case in programs.cases() if case.name == "compute-sanitizer")
+    if code:
+        with pytest.raises(AssertionError, match=r"exit code 66 .* Invalid __global__ read"):
+            check.run(context_of("cpu", False))
+    else:
+        found = check.run(context_of("cpu", False))
+        assert isinstance(found, dict)
+        assert (found["ok"], found["cases"]) == (True, list(programs._SANITIZED))

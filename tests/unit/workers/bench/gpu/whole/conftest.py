@@ -1,0 +1,13 @@
+"""The stages of the whole model run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreted import interpreted_module
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    return interpreted_module(module_path, parent) if module_path.name == "test_end_to_end.py" else None
