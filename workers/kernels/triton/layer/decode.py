@@ -60,7 +60,9 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
     return rows.to(DOT)
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@triton.jit(
+    do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=["places", "lengths", "scales"]
+)
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, places, lengths, scales, partial, sums, rotation_stride,
     row_stride, head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
