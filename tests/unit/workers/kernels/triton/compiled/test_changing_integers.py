@@ -28,7 +28,9 @@ from workers.kernels.triton.blocks import QuerySides, Target
 from workers.kernels.triton.entries import fill_entries
 from workers.kernels.triton.layer.decode import Rows as DecodeRows
 from workers.kernels.triton.layer.decode import attend_rows
+from workers.kernels.triton.layer.routing import sort_entries
 from workers.kernels.triton.lists import Rows
+from workers.kernels.triton.merge import merge_parts
 from workers.kernels.triton.sparse.cells import CellSpan, CellTables, TileShape
 from workers.kernels.triton.sparse.device_lists import make_lists
 from workers.kernels.triton.sparse.selection import Kept
@@ -128,11 +130,33 @@ def test_lists_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == dict.fromkeys(sizes, 2) | {"weigh_kernel": 1, "order_kernel": 1}
 
 
-def test_rows_that_decode_beside_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(batch: int) -> None:
-        places, lengths = torch.ones(2, batch, dtype=torch.int32)
-        rows = DecodeRows(torch.zeros(8, 4, dtype=torch.int32), places, lengths, torch.ones(batch), 64, 0, 2)
-        attend_rows(torch.zeros(1, batch, 4, 64).bfloat16(), LayerKV(*torch.zeros(2, 2, 256, 64).bfloat16()), rows)
+def decode(batch: int, splits: int) -> None:
+    places, lengths = torch.ones(2, batch, dtype=torch.int32)
+    rows = DecodeRows(torch.zeros(8, 4, dtype=torch.int32), places, lengths, torch.ones(batch), 64, 0, splits)
+    attend_rows(torch.zeros(1, batch, 4, 64).bfloat16(), LayerKV(*torch.zeros(2, 2, 256, 64).bfloat16()), rows)
 
-    found = builds(decode, range(1, 6), monkeypatch)
+
+def test_rows_that_decode_beside_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builds(lambda batch: decode(batch, 2), range(1, 6), monkeypatch)
     assert found == {"attend_splits_kernel": 1, "merge_splits_kernel": 1}
+
+
+def test_a_context_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builds(lambda splits: decode(1, splits), (1, 2, 5, 16, 99, 256), monkeypatch)
+    assert found == {"attend_splits_kernel": 1, "merge_splits_kernel": 1}
+
+
+def test_entries_of_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sort(tokens: int) -> None:
+        sort_entries(torch.zeros(tokens, 8, dtype=torch.int64), 0, 128)
+
+    found = builds(sort, (17, 200, 4096, 30001), monkeypatch)
+    assert found == {"count_kernel": 1, "scan_kernel": 1, "place_kernel": 1}
+
+
+def test_parts_of_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge(rows: int) -> None:
+        part = torch.zeros(rows, 4, 64).bfloat16(), torch.zeros(4, rows).T  # as libraries return it
+        merge_parts([part, part])
+
+    assert builds(merge, (64, 67, 193, 8192), monkeypatch) == {"merge_parts_kernel": 1}
