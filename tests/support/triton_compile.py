@@ -13,7 +13,7 @@ from workers.bench.builds.limits import SHARED as SHARED_LIMIT
 from workers.bench.builds.readback import Built as Compiled
 from workers.bench.builds.readback import read_back
 
-__all__ = ["SHARED_LIMIT", "Compiled", "compile_kernel"]
+__all__ = ["SHARED_LIMIT", "Compiled", "compile_kernel", "compile_to_ptx"]
 
 
 def compile_kernel(
@@ -33,6 +33,21 @@ def compile_kernel(
     Raises:
         Exception: what Triton raises for a kernel that it cannot compile.
     """
+    built = _build(kernel, capability, signature, constants, multiples, num_warps, num_stages)
+    return read_back(built.asm["cubin"], int(built.metadata.shared), num_warps)
+
+
+def compile_to_ptx(
+    kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int = 4
+) -> str:
+    """Return the PTX of a kernel, which tells how operations are rounded; the arguments are those of compile_kernel."""
+    return str(_build(kernel, capability, signature, constants, (), num_warps, 3).asm["ptx"])
+
+
+def _build(
+    kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any],
+    multiples: tuple[str, ...], num_warps: int, num_stages: int,
+) -> Any:  # fmt: skip
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,5 +62,4 @@ def compile_kernel(
         if kind.startswith("*") or name in multiples
     }
     source = ASTSource(kernel, types, dict(constants), aligned)
-    built = build(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages})
-    return read_back(built.asm["cubin"], int(built.metadata.shared), num_warps)
+    return build(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages})

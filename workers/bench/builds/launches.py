@@ -21,7 +21,7 @@ class Launch(NamedTuple):
     built: Built
 
 
-class _Driver:
+class Device:
     """Stands for a GPU of a compute capability such as 90; every one is a device of its own to Triton's caches."""
 
     def __init__(self, capability: int) -> None:
@@ -67,7 +67,7 @@ def _compiling(capability: int, kernels: dict[int, Any]) -> Iterator[None]:
         return kernel
 
     before = driver._active
-    driver.set_active(_Driver(capability))
+    driver.set_active(Device(capability))
     JITFunction.run = compile_only
     try:
         yield

@@ -109,7 +109,8 @@ def _lowest(count: tl.tensor) -> tl.tensor:
         "room",
         "last_block",
         "column_room",
-    ]
+    ],
+    do_not_specialize_on_alignment=["blocks", "counts", "num_blocks", "bitmap", "columns", "num_columns", "order"],
 )
 def entries_kernel(
     blocks: tl.tensor, counts: tl.tensor, block_stride: tl.tensor, num_blocks: tl.tensor, bitmap: tl.tensor,

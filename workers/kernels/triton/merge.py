@@ -52,7 +52,7 @@ def _add_part(
     return total * decay[:, None] + values * share[:, None], weight * decay + share, new
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "lse_head_0", "lse_head_1", "lse_head_2", "lse_head_3"])  # `T`, as libraries do
 def merge_parts_kernel(
     merged,
     out_0, row_0, head_0, lse_0, lse_row_0, lse_head_0,

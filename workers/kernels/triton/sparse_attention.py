@@ -83,7 +83,9 @@ def _entries_step(
     return acc, total, largest
 
 
-@triton.jit(do_not_specialize=["start", "length", "tiles", "room", "last_block"])
+@triton.jit(
+    do_not_specialize=["start", "length", "tiles", "room", "last_block"], do_not_specialize_on_alignment=["order"]
+)
 def sparse_attention_kernel(
     intra: tl.tensor, intra_row: tl.tensor, intra_head: tl.tensor,
     succ: tl.tensor, succ_row: tl.tensor, succ_head: tl.tensor,

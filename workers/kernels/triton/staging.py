@@ -170,7 +170,7 @@ def stage_kernel(
     tl.store(at, wide.to(target.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["column_stride"])
+@triton.jit(do_not_specialize=["column_stride"], do_not_specialize_on_alignment=["columns", "num_columns", "order"])
 def gather_columns_kernel(
     column_keys: tl.tensor, column_values: tl.tensor, keys: tl.tensor, values: tl.tensor, columns: tl.tensor,
     column_stride: tl.tensor, num_columns: tl.tensor, order: tl.tensor, head_tiles: tl.tensor, head_rows: tl.tensor,

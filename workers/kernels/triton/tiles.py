@@ -47,7 +47,16 @@ def _block_keys(
         "second_most",
         "rate",
         "other",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "first_blocks",
+        "first_counts",
+        "first_numbers",
+        "second_blocks",
+        "second_counts",
+        "second_numbers",
+        "num_columns",
+    ],
 )
 def weigh_kernel(
     head_tiles: tl.tensor, work: tl.tensor, visited: tl.tensor, first_blocks: tl.tensor, first_counts: tl.tensor,

@@ -27,7 +27,7 @@ _BLOCK = 64  # keys of one product
 _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
 _MERGED = 16  # splits that are added at once
-_MAX_SPLITS = 256
+_MAX_SPLITS = 256  # a power of two; one build merges up to so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ def _widened(rows, LIMIT: tl.constexpr, DOT: tl.constexpr):
     return rows.to(DOT)
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@triton.jit(
+    do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=["places", "lengths", "scales"]
+)
 def attend_splits_kernel(
     q, keys, values, key_scales, value_scales, tables, places, lengths, scales, partial, sums, rotation_stride,
     row_stride, head_stride, key_stride, value_stride, key_scale_stride, value_scale_stride, table_stride, distance,
@@ -164,6 +166,7 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
     assert q.stride(3) == 1
     assert kv.keys.stride()[1:] == kv.values.stride()[1:] == (dim, 1)
     assert rows.tables.stride(1) == 1
+    assert rows.splits <= _MAX_SPLITS
     group, splits, width = heads // kv_heads, rows.splits, max(16, triton.next_power_of_2(dim))
     partial = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
@@ -181,7 +184,6 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
         num_stages=3 if kv.keys.dtype == q.dtype else 2,  # 8-bit rows with 3 stages spill
     )  # fmt: skip
     merge_splits_kernel[(batch * heads,)](
-        partial, sums, out, splits, PADDED=triton.next_power_of_2(splits), DIM=dim, WIDTH=width,
-        MERGED=min(_MERGED, triton.next_power_of_2(splits)),
-    )  # fmt: skip
+        partial, sums, out, splits, PADDED=_MAX_SPLITS, DIM=dim, WIDTH=width, MERGED=_MERGED
+    )
     return out

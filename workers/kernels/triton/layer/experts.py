@@ -22,6 +22,7 @@ from workers.kernels.triton.layer.rows import dot_type, swiglu
 _COMBINED = 1024  # columns
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of an expert in the mean, up to which tiles are narrow, and half as wide
 _GROUPED_MIN_ROWS = 64  # an expert, from which PyTorch's grouped product is used; it gathers and activates apart
+_GROUPED_ON = (9, 10)  # major compute capabilities that it has a kernel for
 
 
 class Tiling(NamedTuple):
@@ -155,11 +156,11 @@ def _by_library(
 
 
 def prefers_library(entries: int, experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Return whether PyTorch's grouped product is used: for many rows in bfloat16, from sm_90 on.
+    """Return whether PyTorch's grouped product is used: for many rows in bfloat16, on sm_90 and sm_10x.
 
-    On older devices, and for other types, it is a loop on the host.
+    On other devices (sm_120 too), and for other types, it is a loop on the host, which waits for the device.
     """
-    return dtype == torch.bfloat16 and capability >= (9, 0) and entries >= _GROUPED_MIN_ROWS * experts
+    return dtype == torch.bfloat16 and capability[0] in _GROUPED_ON and entries >= _GROUPED_MIN_ROWS * experts
 
 
 def run_experts(
@@ -173,7 +174,7 @@ def run_experts(
         chosen, weights: `[T, k]` from `route`, contiguous.
         gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`.
         first: global id of the shard's first expert; entries of others are left out.
-        capability: of the device; from (9, 0) on, many rows go to PyTorch's grouped product.
+        capability: of the device; on 9.x and 10.x, many rows go to PyTorch's grouped product.
         tilings: of the two products, instead of those that `Tiling.of` chooses.
 
     Returns:

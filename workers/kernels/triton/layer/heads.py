@@ -40,7 +40,8 @@ def _store_rows(cache, scale_of, low, high, at, slot, inside, mask, DIM: tl.cons
     if LIMIT > 0:
         # a row that is not finite gets a scale that is not: 0 * inf is NaN
         damage = tl.sum(low * 0.0 + high * 0.0, 1)
-        scale = (tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)) + damage) / LIMIT
+        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)) + damage
+        scale = tl.math.div_rn(largest, LIMIT * 1.0)  # as on a CPU: `/` is off by a last bit or two on a GPU
         tl.store(scale_of + slot, scale, mask=inside)
         divisor = tl.where(scale == scale, tl.maximum(scale, 1.1754943508222875e-38), 1.0)[:, None]
         low = rounded(tl.where(low == low, tl.math.div_rn(low, divisor), 0.0), LIMIT)

@@ -16,7 +16,7 @@ import triton.language as tl
 _TOKENS = 8  # of a program that chooses experts
 _SORTED = 128  # entries of a program that sorts, at most
 _COMPARED = 1 << 14  # entries times experts of such a program, at most; it has them all in registers
-_SCANNED = 1024
+_SCANNED = 1024  # counts that are added at once; the same for any number, which one build serves
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -154,7 +154,7 @@ def sort_entries(chosen: torch.Tensor, first: int, experts: int) -> Sorted:
     if blocks > 1:
         counts = torch.empty(experts, blocks, dtype=torch.int32, device=device)
         count_kernel[(blocks,)](flat, counts, entries, first, experts, blocks, COUNT=count, BLOCK=size)
-        scan_kernel[(experts,)](counts, totals, blocks, SCANNED=min(_SCANNED, triton.next_power_of_2(blocks)))
+        scan_kernel[(experts,)](counts, totals, blocks, SCANNED=_SCANNED)
     place_kernel[(blocks,)](
         flat, counts, totals, order, places, entries, first, experts, blocks, SINGLE=blocks == 1, COUNT=count,
         BLOCK=size, num_warps=8,

@@ -33,7 +33,8 @@ def quantise_rows_kernel(x, codes, scales, x_stride, depth, groups, GROUPS: tl.c
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     d = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     values = tl.load(x + row * x_stride + d, mask=d < depth, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(values), 1) / _LARGEST + tl.sum(values * 0.0, 1)  # 0 * inf is NaN
+    # `/` is off by a last bit or two on a GPU; 0 * inf is NaN
+    scale = tl.math.div_rn(tl.max(tl.abs(values), 1), _LARGEST) + tl.sum(values * 0.0, 1)
     tl.store(scales + row * groups + g, scale, mask=g < groups)
     divisor = tl.where(scale == scale, tl.maximum(scale, _SMALLEST), 1.0)[:, None]
     values = tl.where(values == values, tl.math.div_rn(values, divisor), 0.0)

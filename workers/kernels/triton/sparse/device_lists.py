@@ -56,7 +56,19 @@ def _place(bit: tl.tensor) -> tl.tensor:
     return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(do_not_specialize=["num_words", "map_words", "room", "run_room", "column_room", "steps"])
+@triton.jit(
+    do_not_specialize=["num_words", "map_words", "room", "run_room", "column_room", "steps"],
+    do_not_specialize_on_alignment=[
+        "bitmap",
+        "blocks",
+        "counts",
+        "num_blocks",
+        "num_columns",
+        "nears",
+        "fars",
+        "ends",
+    ],
+)
 def lists_kernel(
     bitmap: tl.tensor, blocks: tl.tensor, counts: tl.tensor, num_blocks: tl.tensor, num_columns: tl.tensor,
     nears: tl.tensor, fars: tl.tensor, ends: tl.tensor,

@@ -89,6 +89,8 @@ def test_which_product() -> None:
     many, half = 32768 * 8, torch.bfloat16
     assert prefers_library(many, 128, half, HOPPER)
     assert not prefers_library(many, 128, half, AMPERE)
+    assert prefers_library(many, 128, half, (10, 3))
+    assert not prefers_library(many, 128, half, (12, 0))  # where PyTorch's is a loop on the host
     assert not prefers_library(many, 128, torch.float32, HOPPER)
     assert not prefers_library(64 * 8, 128, half, HOPPER)
     assert Tiling.of(8, 128, half, True, HOPPER).rows == 16

@@ -42,7 +42,7 @@ def test_attention(cache: str, limit: int, capability: int) -> None:
 
 def test_merge() -> None:
     types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "splits": "i32"}
-    constants = {"PADDED": 128, "DIM": 128, "WIDTH": 128, "MERGED": 16}
+    constants = {"PADDED": 256, "DIM": 128, "WIDTH": 128, "MERGED": 16}
     built = compile_kernel(decode.merge_splits_kernel, 90, types, constants)
     assert built.stack == 0
     assert built.registers <= 128

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.triton_compile import SHARED_LIMIT, compile_kernel
+from tests.support.triton_compile import SHARED_LIMIT, compile_kernel, compile_to_ptx
 from workers.kernels.triton.layer import heads, rows
+from workers.kernels.triton.quant import rows as quantised_rows
 
 HEADS: dict[str, Any] = {
     "HEADS": 32, "KV_HEADS": 4, "DIM": 128, "HALF": 64, "ROTATIONS": 3, "NORM": True,
@@ -31,6 +32,22 @@ def test_heads(cache: str, limit: int, capability: int) -> None:
     assert built.stack == 0
     assert built.registers <= 128
     assert built.shared <= 4096
+
+
+def test_scales_of_codes_are_rounded_as_on_a_cpu() -> None:
+    """A division that is off by a last bit moves values between two codes to the other one."""
+    types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(STRIDES, "i32") | {"slots": "*i32", "eps": "fp32"}
+    types |= {"qkv": "*bf16", "q_out": "*bf16", "keys": "*i8", "values": "*i8"}
+    constants = HEADS | {"ROWS": 16, "LIMIT": 127, "NORM": False}
+    ptx = compile_to_ptx(heads.store_heads_kernel, 90, types, constants)
+    assert "div.rn.f32" in ptx
+    assert "div.full.f32" not in ptx
+    types = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"} | dict.fromkeys(
+        ("x_stride", "depth", "groups"), "i32"
+    )
+    ptx = compile_to_ptx(quantised_rows.quantise_rows_kernel, 90, types, {"GROUPS": 16, "GROUP": 128})
+    assert "div.rn.f32" in ptx
+    assert "div.full.f32" not in ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
