@@ -18,7 +18,7 @@ __all__ = ["SHARED_LIMIT", "Compiled", "compile_kernel"]
 
 def compile_kernel(
     kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int = 4,
-    num_stages: int = 3, multiples: tuple[str, ...] = (),
+    num_stages: int = 3, maxnreg: int | None = None, multiples: tuple[str, ...] = (),
 ) -> Compiled:  # fmt: skip
     """Compile a kernel for one compute capability.
 
@@ -47,5 +47,6 @@ def compile_kernel(
         if kind.startswith("*") or name in multiples
     }
     source = ASTSource(kernel, types, dict(constants), aligned)
-    built = build(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    built = build(source, GPUTarget("cuda", capability, 32), options)
     return read_back(built.asm["cubin"], int(built.metadata.shared), num_warps)

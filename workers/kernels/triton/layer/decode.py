@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _BLOCK = 64  # keys of one product
 _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
+_REGISTERS = 168  # a thread, of which three programs fit; left to itself the compiler keeps to 128 and spills
+CODES = {"num_stages": 2, "maxnreg": _REGISTERS}  # of 8-bit rows, which spill with three stages
 _MERGED = 16  # splits that are added at once
 _MAX_SPLITS = 256
 
@@ -178,7 +180,7 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
         rows.tables.stride(0), rows.distance, splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=width, PAGE=rows.page_size, BLOCK=_BLOCK, ROTATIONS=rotations if rows.distance else 1,
         LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4,
-        num_stages=3 if kv.keys.dtype == q.dtype else 2,  # 8-bit rows with 3 stages spill
+        **({"num_stages": 3} if kv.keys.dtype == q.dtype else CODES),
     )  # fmt: skip
     merge_splits_kernel[(batch * heads,)](
         partial, sums, out, splits, PADDED=triton.next_power_of_2(splits), DIM=dim, WIDTH=width,

@@ -21,6 +21,7 @@ from workers.kernels.triton.layer.rows import dot_type, swiglu
 
 _COMBINED = 1024  # columns
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of an expert in the mean, up to which tiles are narrow, and half as wide
+_WIDE_UNITS = (9, 10)  # compute capabilities, without the minor number, whose products are of more than one warp
 _GROUPED_MIN_ROWS = 64  # an expert, from which PyTorch's grouped product is used; it gathers and activates apart
 
 
@@ -43,7 +44,8 @@ class Tiling(NamedTuple):
             return Tiling(16, 32 if gated else 64, 128, 4, 4)
         if rows <= _SOME_ROWS:
             return Tiling(64, 64, 64, 4, 3)
-        return Tiling(128, 64 if gated and capability < (9, 0) else 128, 64, 8, 3)  # two sums spill on sm_80
+        # two sums of 128 columns spill, or do not fit shared memory, where warps multiply: on 8.x and 12.x
+        return Tiling(128, 64 if gated and capability[0] not in _WIDE_UNITS else 128, 64, 8, 3)
 
 
 @triton.jit
@@ -155,11 +157,11 @@ def _by_library(
 
 
 def prefers_library(entries: int, experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Return whether PyTorch's grouped product is used: for many rows in bfloat16, from sm_90 on.
+    """Return whether PyTorch's grouped product is used: for many rows in bfloat16 on sm_90 and sm_100.
 
-    On older devices, and for other types, it is a loop on the host.
+    On other devices, and for other types, it is a loop on the host.
     """
-    return dtype == torch.bfloat16 and capability >= (9, 0) and entries >= _GROUPED_MIN_ROWS * experts
+    return dtype == torch.bfloat16 and capability[0] in _WIDE_UNITS and entries >= _GROUPED_MIN_ROWS * experts
 
 
 def run_experts(
@@ -173,7 +175,7 @@ def run_experts(
         chosen, weights: `[T, k]` from `route`, contiguous.
         gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`.
         first: global id of the shard's first expert; entries of others are left out.
-        capability: of the device; from (9, 0) on, many rows go to PyTorch's grouped product.
+        capability: of the device; on 9.x and 10.x, many rows go to PyTorch's grouped product.
         tilings: of the two products, instead of those that `Tiling.of` chooses.
 
     Returns:

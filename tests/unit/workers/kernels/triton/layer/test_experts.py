@@ -89,9 +89,11 @@ def test_which_product() -> None:
     many, half = 32768 * 8, torch.bfloat16
     assert prefers_library(many, 128, half, HOPPER)
     assert not prefers_library(many, 128, half, AMPERE)
+    assert not prefers_library(many, 128, half, (12, 0))
     assert not prefers_library(many, 128, torch.float32, HOPPER)
     assert not prefers_library(64 * 8, 128, half, HOPPER)
     assert Tiling.of(8, 128, half, True, HOPPER).rows == 16
     assert Tiling.of(4096, 64, half, True, HOPPER).rows == 64
     assert Tiling.of(many, 128, half, True, HOPPER)[:2] == (128, 128)
-    assert Tiling.of(many, 128, half, True, AMPERE)[:2] == (128, 64)
+    for capability in (AMPERE, (12, 0)):
+        assert Tiling.of(many, 128, half, True, capability)[:2] == (128, 64)
