@@ -18,7 +18,7 @@ __all__ = ["SHARED_LIMIT", "Compiled", "compile_kernel", "compile_to_ptx"]
 
 def compile_kernel(
     kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int = 4,
-    num_stages: int = 3, multiples: tuple[str, ...] = (),
+    num_stages: int = 3, maxnreg: int | None = None, multiples: tuple[str, ...] = (),
 ) -> Compiled:  # fmt: skip
     """Compile a kernel for one compute capability.
 
@@ -33,7 +33,7 @@ def compile_kernel(
     Raises:
         Exception: what Triton raises for a kernel that it cannot compile.
     """
-    built = _build(kernel, capability, signature, constants, multiples, num_warps, num_stages)
+    built = _build(kernel, capability, signature, constants, multiples, num_warps, num_stages, maxnreg)
     return read_back(built.asm["cubin"], int(built.metadata.shared), num_warps)
 
 
@@ -41,12 +41,12 @@ def compile_to_ptx(
     kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int = 4
 ) -> str:
     """Return the PTX of a kernel, which tells how operations are rounded; the arguments are those of compile_kernel."""
-    return str(_build(kernel, capability, signature, constants, (), num_warps, 3).asm["ptx"])
+    return str(_build(kernel, capability, signature, constants, (), num_warps, 3, None).asm["ptx"])
 
 
 def _build(
     kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any],
-    multiples: tuple[str, ...], num_warps: int, num_stages: int,
+    multiples: tuple[str, ...], num_warps: int, num_stages: int, maxnreg: int | None,
 ) -> Any:  # fmt: skip
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
@@ -62,4 +62,5 @@ def _build(
         if kind.startswith("*") or name in multiples
     }
     source = ASTSource(kernel, types, dict(constants), aligned)
-    return build(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    return build(source, GPUTarget("cuda", capability, 32), options)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from protos.node.environment import write_result
+from workers.bench.builds.limits import CAPABILITIES, GENERATIONS
 from workers.bench.gpu import command as gpu_command
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
@@ -83,10 +84,17 @@ def parser() -> argparse.ArgumentParser:
     links.add_argument("--hidden", type=length, default=2048, help="width of the hidden states (default: 2048)")
     links.add_argument("--chunk", type=length, default=4096, help="tokens of a chunk (default: 4K)")
     builds = verbs.add_parser(
-        "compile", help="every kernel of Triton for sm_80, sm_90 and sm_100, without a GPU: registers, shared memory"
+        "compile", help="every kernel of Triton for GPUs that are not there: registers, shared memory, instructions"
     )
-    builds.add_argument("--sm", type=int, choices=(80, 90, 100), help="one compute capability (default: all)")
+    builds.add_argument(
+        "--sm", type=int, nargs="+", choices=tuple(GENERATIONS), default=CAPABILITIES,
+        help="compute capabilities (default: %(default)s)",
+    )  # fmt: skip
     builds.add_argument("--only", default="", metavar="TEXT", help="launches with TEXT in their name (default: all)")
+    builds.add_argument(
+        "--resume", action="store_true",
+        help="keep the compute capabilities that --json FILE has, if it is of the same code and Triton",
+    )  # fmt: skip
     gpu_command.add_options(
         verbs.add_parser("gpu", help="check and time everything on a GPU, in calls of some minutes; see docs/gpu.md")
     )
@@ -172,18 +180,22 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    """Compile all kernels; returns 1 if some take more than their limits."""
+    """Compile all kernels, and write the file after each generation; returns 1 if some take more than their limits."""
     import triton
 
     from workers.bench.builds import table
 
-    rows = []
-    for row in table.compile_all((options.sm,) if options.sm else table.CAPABILITIES, options.only):
-        print(table.line(row), flush=True)
-        rows.append(row)
-    if options.json:
-        facts = {"torch": torch.__version__} | ({"date": options.date} if options.date else {})
-        table.write(options.json, rows, triton.__version__, **facts)
+    if options.resume and not options.json:
+        raise ValueError("--resume: needs --json FILE, whose rows are kept")
+    rows = table.rows_of(options.json, triton.__version__) if options.resume else []
+    there = {row["sm"] for row in rows}
+    for capability in (one for one in options.sm if one not in there):
+        for row in table.compile_all((capability,), options.only):
+            print(table.line(row), flush=True)
+            rows.append(row)
+        if options.json:
+            facts = {"torch": torch.__version__} | ({"date": options.date} if options.date else {})
+            table.write(options.json, rows, triton.__version__, **facts)
     beyond = sum(bool(row["violations"]) for row in rows)
     print(f"{len(rows)} builds, {beyond} beyond their limits")
     return 1 if beyond else 0

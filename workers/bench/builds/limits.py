@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.bench.builds.readback import Built
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, 100)  # of data centres: what is built where nothing else is asked for
 _KILO = 1024
-SHARED = {80: 163 * _KILO, 90: 227 * _KILO, 100: 227 * _KILO}  # bytes a program may have
-_OF_MULTIPROCESSOR = {80: 164 * _KILO, 90: 228 * _KILO, 100: 228 * _KILO}
-_RESERVED = _KILO  # of shared memory, by the system for every program
+_RESERVED = _KILO  # bytes of shared memory, by the system for every program
 _REGISTERS = 65536  # of a multiprocessor
 _THREADS = 32  # of a warp
 _OLD_STACK = 64  # bytes, before sm_90
-_UNITS = {80: ("HMMA",), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}
 _WARP_UNITS = ("HMMA", "QMMA", "IMMA")  # products of one warp, which have fewer rows
-_ALL_UNITS = frozenset((*_WARP_UNITS, *(unit for units in _UNITS.values() for unit in units)))
+
+
+class Generation(NamedTuple):
+    """What GPUs of a compute capability have: bytes of shared memory for all programs of a multiprocessor, products."""
+
+    shared: int
+    units: tuple[str, ...]
+
+
+GENERATIONS = {
+    80: Generation(164 * _KILO, ("HMMA",)),
+    86: Generation(100 * _KILO, ("HMMA",)),
+    89: Generation(100 * _KILO, ("HMMA", "QMMA")),
+    90: Generation(228 * _KILO, ("HGMMA", "QGMMA")),
+    100: Generation(228 * _KILO, ("UTCHMMA", "UTCQMMA")),
+    120: Generation(100 * _KILO, ("HMMA", "QMMA")),
+}
+SHARED = {sm: generation.shared - _RESERVED for sm, generation in GENERATIONS.items()}  # bytes a program may have
+_ALL_UNITS = frozenset((*_WARP_UNITS, *(unit for one in GENERATIONS.values() for unit in one.units)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +55,7 @@ class Shipped:
     name: str
     call: Callable[[int], object]
     limits: dict[str, Limits]  # by kernel
-    capabilities: tuple[int, ...] = CAPABILITIES
+    least: int = 80  # the compute capability that they need
 
 
 def violations(built: Built, limits: Limits, capability: int) -> list[str]:
@@ -62,15 +78,14 @@ def violations(built: Built, limits: Limits, capability: int) -> list[str]:
         f"{built.registers} registers of {threads} threads: {limits.together} programs must fit a multiprocessor",
     )
     check(
-        limits.together == 1 or (built.shared + _RESERVED) * limits.together <= _OF_MULTIPROCESSOR[capability],
+        limits.together == 1 or (built.shared + _RESERVED) * limits.together <= GENERATIONS[capability].shared,
         f"{built.shared} bytes of shared memory: {limits.together} programs must fit a multiprocessor",
     )
-    own = built.count(*_UNITS[capability])
+    units = GENERATIONS[capability].units
+    own = built.count(*units)
     products = built.count(*_ALL_UNITS)
     check(limits.units != "some" or products > 0, "no matrix products")
-    check(
-        limits.units != "own" or 0 < own == products, f"{own} of {products} matrix products by {_UNITS[capability][0]}"
-    )
+    check(limits.units != "own" or 0 < own == products, f"{own} of {products} matrix products by {units[0]}")
     copies = built.count("LDGSTS", "UTMALDG")
     check(copies >= limits.copies, f"{copies} asynchronous copies: at least {limits.copies}")
     shuffles = built.count("SHFL")

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = 1800  # a few seconds of work, on machines that may be busy with other things
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T) )?([A-Z][A-Z0-9]*)", re.MULTILINE)
 
 

@@ -18,14 +18,14 @@ import torch
 from protos.model.spec import HeadBudget, SparseSpec
 from workers.attention import cuda
 from workers.attention.plan import AttentionPlan, Queries
-from workers.bench.builds.limits import CAPABILITIES, Limits, Shipped
+from workers.bench.builds.limits import Limits, Shipped
 from workers.kv.paged import LayerKV, PageTable
 from workers.sparse.cuda import HeadBudgets, SparseCell, StepSelection
 from workers.sparse.selection import synthetic_selection
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 4, 128, 64
 START, ROWS, DISTANCE = 1216, 256, 600  # rows with keys in all three regions
-_NEWER = (90, 100)  # e4m3 needs 89
+E4M3 = 89  # compute capability from which the type exists
 CACHES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 _PREFILL = Limits(units="own")
@@ -42,7 +42,7 @@ SELECTION = {
     "sums_kernel": Limits(units="own", shuffles=24),
     "held_out_kernel": Limits(units="own", shuffles=36),
     "overlap_kernel": Limits(units="own"),
-    "lists_kernel": Limits(stack=16),
+    "lists_kernel": Limits(registers=128),
 }
 
 
@@ -77,9 +77,8 @@ def _attention() -> Iterator[Shipped]:
     for dim in (64, DIM):
         for name, cache in CACHES.items():
             if dim == DIM or name == "bf16":
-                capabilities = _NEWER if name == "fp8" else CAPABILITIES
-                call = partial(_attend, dim, cache)
-                yield Shipped(f"prefill, heads of {dim}, {name} KV", call, ATTENTION, capabilities)
+                call, least = partial(_attend, dim, cache), E4M3 if name == "fp8" else 80
+                yield Shipped(f"prefill, heads of {dim}, {name} KV", call, ATTENTION, least)
 
 
 def _attend(dim: int, cache: torch.dtype, capability: int) -> None:

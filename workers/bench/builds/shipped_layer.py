@@ -10,11 +10,10 @@ from functools import partial
 
 import torch
 
-from workers.bench.builds.limits import CAPABILITIES, Limits, Shipped
-from workers.bench.builds.shipped import CACHES, DIM, HEADS, KV_HEADS, PAGE, START, paged
+from workers.bench.builds.limits import Limits, Shipped
+from workers.bench.builds.shipped import CACHES, DIM, E4M3, HEADS, KV_HEADS, PAGE, START, paged
 
 HIDDEN, INTER, EXPERTS, TOP_K, VOCAB = 2048, 768, 128, 8, 151936
-_NEWER = (90, 100)
 _ROWS = Limits(registers=128)
 _FEW = {"grouped_kernel": Limits(units="some", copies=16)}  # rows of an expert, below the tiles of newer units
 _MANY = {"grouped_kernel": Limits(units="own", copies=16)}
@@ -23,13 +22,12 @@ _MANY = {"grouped_kernel": Limits(units="own", copies=16)}
 def shipped_layer() -> Iterator[Shipped]:
     """Yield the launches of a layer."""
     for name, cache in CACHES.items():
-        capabilities = _NEWER if name == "fp8" else CAPABILITIES
         limits = {
-            "attend_splits_kernel": Limits(units="some", together=3, copies=16, stack=8 if name == "fp8" else 0),
+            "attend_splits_kernel": Limits(units="some", together=3, copies=16),
             "merge_splits_kernel": _ROWS,
             "store_heads_kernel": _ROWS,
         }
-        yield Shipped(f"decode and heads, {name} KV", partial(_decode, cache), limits, capabilities)
+        yield Shipped(f"decode and heads, {name} KV", partial(_decode, cache), limits, E4M3 if name == "fp8" else 80)
     yield Shipped("rows", _row_operations, {"add_rms_norm_kernel": _ROWS, "swiglu_kernel": Limits(registers=64)})
     for tokens, limits in ((1, _FEW), (1024, _MANY), (32768, _MANY)):
         yield Shipped(f"experts, {tokens} tokens", partial(_experts, tokens), limits)

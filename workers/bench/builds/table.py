@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from protos.node.environment import write_result
+from protos.node.environment import build_id, write_result
 from workers.bench.builds.launches import compiled_launches
 from workers.bench.builds.limits import CAPABILITIES, Limits, Shipped, violations
 
@@ -37,7 +38,7 @@ def compile_all(capabilities: Sequence[int] = CAPABILITIES, only: str = "") -> I
     chosen = [one for one in shipped() if only in one.name]
     if not chosen:
         raise ValueError(f"--only: {only}: no launches have it in their name")
-    todo = [(one, sm) for one in chosen for sm in one.capabilities if sm in capabilities]
+    todo = [(one, sm) for sm in capabilities for one in chosen if sm >= one.least]
     for done, (one, capability) in enumerate(todo, 1):
         begin = time.monotonic()
         yield from _rows(one, capability)
@@ -85,6 +86,15 @@ def markdown(rows: Sequence[dict[str, Any]], version: str) -> str:
         cells = {**row, "mix": mix, "violations": "; ".join(row["violations"])}
         lines.append("| " + " | ".join(str(cells.get(name, "")) for name in _COLUMNS) + " |")
     return "\n".join(lines) + "\n"
+
+
+def rows_of(path: Path, version: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of `write`; none where it is missing, or of other code or another Triton."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    is_ours = found["triton"] == version and found["environment"]["build"] == build_id()
+    return list(found["rows"]) if is_ours else []
 
 
 def write(path: Path, rows: list[dict[str, Any]], version: str, **facts: object) -> None:

@@ -26,12 +26,18 @@ from workers.kernels.triton.lists import Rows
 from workers.kernels.triton.staging import Staged
 
 TILE = 128
-OPTIONS = {128: {"num_warps": 8, "num_stages": 2}, 64: {"num_warps": 8, "num_stages": 3}}  # by keys of a block
+OPTIONS = {  # by keys of a block
+    128: {"num_warps": 8, "num_stages": 2},
+    64: {"num_warps": 8, "num_stages": 3},
+    32: {"num_warps": 8, "num_stages": 3},
+}
 
 
 def block_keys(capability: tuple[int, int]) -> int:
-    """Return the keys of a block: 128 only fit the registers of Hopper's kernels."""
-    return 128 if capability[0] == 9 else 64
+    """Return the keys of a block: 128 only fit the registers of Hopper's kernels, and 64 spill on 8.6, 8.9 and 12.x."""
+    if capability[0] == 9:
+        return 128
+    return 32 if capability in ((8, 6), (8, 9)) or capability[0] == 12 else 64
 
 
 def dense_attention(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _BLOCK = 64  # keys of one product
 _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
+_REGISTERS = 168  # a thread, with which three programs fit
 _MERGED = 16  # splits that are added at once
 _MAX_SPLITS = 256  # a power of two; one build merges up to so many
 
@@ -50,6 +51,16 @@ def count_splits(rows: int, kv_heads: int, processors: int, longest: int) -> int
     """
     wanted = -(-_PROGRAMS * processors // max(1, rows * kv_heads))
     return max(1, min(wanted, -(-longest // (_BLOCK * _MIN_BLOCKS)), _MAX_SPLITS))
+
+
+def launch_options(limit: int) -> dict[str, int]:
+    """Return how the kernel is built for rows whose greatest code is `limit`, 0 for others: codes in 3 stages spill.
+
+    Left to itself the compiler keeps to 128 registers for e4m3, and spills; for int8 it spills if it is allowed more.
+    """
+    if limit == 0:
+        return {"num_stages": 3}
+    return {"num_stages": 2, "maxnreg": _REGISTERS} if limit == LIMITS[torch.float8_e4m3fn] else {"num_stages": 2}
 
 
 @triton.jit
@@ -175,13 +186,13 @@ def attend_rows(q: torch.Tensor, kv: LayerKV, rows: Rows) -> torch.Tensor:
         return out
     key_scales = kv.keys if kv.key_scales is None else kv.key_scales
     value_scales = kv.values if kv.value_scales is None else kv.value_scales
+    limit = LIMITS.get(kv.keys.dtype, 0)
     attend_splits_kernel[(splits, kv_heads, batch)](
         q, kv.keys, kv.values, key_scales, value_scales, rows.tables, rows.places, rows.lengths, rows.scales, partial,
         sums, *q.stride()[:3], kv.keys.stride(0), kv.values.stride(0), key_scales.stride(0), value_scales.stride(0),
         rows.tables.stride(0), rows.distance, splits, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=width, PAGE=rows.page_size, BLOCK=_BLOCK, ROTATIONS=rotations if rows.distance else 1,
-        LIMIT=LIMITS.get(kv.keys.dtype, 0), DOT=dot_type(q.dtype), num_warps=4,
-        num_stages=3 if kv.keys.dtype == q.dtype else 2,  # 8-bit rows with 3 stages spill
+        LIMIT=limit, DOT=dot_type(q.dtype), num_warps=4, **launch_options(limit),
     )  # fmt: skip
     merge_splits_kernel[(batch * heads,)](
         partial, sums, out, splits, PADDED=_MAX_SPLITS, DIM=dim, WIDTH=width, MERGED=_MERGED

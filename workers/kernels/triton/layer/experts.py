@@ -21,8 +21,9 @@ from workers.kernels.triton.layer.rows import dot_type, swiglu
 
 _COMBINED = 1024  # columns
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of an expert in the mean, up to which tiles are narrow, and half as wide
+# compute capabilities, without the minor number, whose products are of more than one warp; PyTorch's grouped one is for them
+_WIDE_UNITS = (9, 10)
 _GROUPED_MIN_ROWS = 64  # an expert, from which PyTorch's grouped product is used; it gathers and activates apart
-_GROUPED_ON = (9, 10)  # major compute capabilities that it has a kernel for
 
 
 class Tiling(NamedTuple):
@@ -44,7 +45,8 @@ class Tiling(NamedTuple):
             return Tiling(16, 32 if gated else 64, 128, 4, 4)
         if rows <= _SOME_ROWS:
             return Tiling(64, 64, 64, 4, 3)
-        return Tiling(128, 64 if gated and capability < (9, 0) else 128, 64, 8, 3)  # two sums spill on sm_80
+        # two sums of 128 columns spill, or do not fit shared memory, where warps multiply: on 8.x and 12.x
+        return Tiling(128, 64 if gated and capability[0] not in _WIDE_UNITS else 128, 64, 8, 3)
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def prefers_library(entries: int, experts: int, dtype: torch.dtype, capability: 
 
     On other devices (sm_120 too), and for other types, it is a loop on the host, which waits for the device.
     """
-    return dtype == torch.bfloat16 and capability[0] in _GROUPED_ON and entries >= _GROUPED_MIN_ROWS * experts
+    return dtype == torch.bfloat16 and capability[0] in _WIDE_UNITS and entries >= _GROUPED_MIN_ROWS * experts
 
 
 def run_experts(

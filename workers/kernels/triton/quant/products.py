@@ -29,12 +29,17 @@ _MIN_STEP = 16  # inputs that a product takes at least
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of a matrix in the mean, up to which tiles are narrow, and half as wide
 
 
-def choose_tiling(rows: float, scaled: bool, gated: bool) -> Tiling:
-    """Choose by the mean rows of a matrix; `scaled`: both sides are codes, whose step is a group of 128."""
+def choose_tiling(rows: float, scaled: bool, gated: bool, capability: tuple[int, int]) -> Tiling:
+    """Choose by the mean rows of a matrix; `scaled`: both sides are codes, whose step is a group of 128.
+
+    On 10.x a thread has all columns of a row, and so the scales of all: wider tiles of codes spill.
+    """
     if INTERPRETED:
         return Tiling(16, 32, GROUP if scaled else 32, 4, 2)
     if rows <= _FEW_ROWS:
         return Tiling(16, 32 if gated else 64, 128, 4, 4)
+    if scaled and capability[0] == 10:
+        return Tiling(64, 64, GROUP, 8, 3)
     if rows <= _SOME_ROWS:
         return Tiling(64, 64, 128 if scaled else 64, 4, 3)
     return Tiling(128, 64 if gated else 128, 128 if scaled else 64, 8, 3)
@@ -187,7 +192,7 @@ def linear(
     """Compute `x @ weight.T + bias` for `[T, K]`, unit stride in `K`, and `[N, K]`: summed in float32, rounded once."""
     tokens, outputs = x.shape[0], weight.shape[0]
     rows: torch.Tensor | ScaledRows = quantise_rows(x) if is_scaled(weight, capability) else x
-    tiling = tiling or choose_tiling(tokens, isinstance(rows, ScaledRows), False)
+    tiling = tiling or choose_tiling(tokens, isinstance(rows, ScaledRows), False, capability)
     out = x.new_empty(tokens, outputs)
     if tokens:
         _launch(rows, weight, out, tiling, bias=bias)
@@ -211,8 +216,9 @@ def run_experts(
     hidden, rows = x.new_empty(entries, inter), x.new_empty(entries, width)
     mean = entries / max(1, min(entries, experts))
     for source, weight, target, gated in ((x, gate_up, hidden, True), (hidden, down, rows, False)):
-        read = quantise_rows(source) if is_scaled(weight, capability) else source
-        tiling = tilings[0 if gated else 1] if tilings else choose_tiling(mean, isinstance(read, ScaledRows), gated)
+        scaled = is_scaled(weight, capability)
+        read = quantise_rows(source) if scaled else source
+        tiling = tilings[0 if gated else 1] if tilings else choose_tiling(mean, scaled, gated, capability)
         _launch(read, weight, target, tiling, by_expert=by_expert, top_k=top_k, gated=gated)
     combine(rows, by_expert, weights, out)
     return out

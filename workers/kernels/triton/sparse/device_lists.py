@@ -22,6 +22,7 @@ from workers.kernels.triton.sparse.selection import Kept
 _CELL_FIELDS = tl.constexpr(NUM_CELL_FIELDS)
 _KEYS = tl.constexpr(lists.BLOCK)
 _ALL = tl.constexpr(0xFFFFFFFF)
+OPTIONS = {"num_warps": 8, "maxnreg": 128}  # left to itself the compiler keeps to 80 registers and spills
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def make_lists(
     lists_kernel[(num_cells * heads,)](
         bitmap, blocks, counts, num_blocks, num_columns, nears, fars, ends, offsets.words, offsets.totals,
         columns.totals, dense, tables.cells, num_words, map_words, room, run_room, column_room,
-        run_room.bit_length(), HEADS=heads, TILE=tile, BLOCK=block, num_warps=8,
+        run_room.bit_length(), HEADS=heads, TILE=tile, BLOCK=block, **OPTIONS,
     )  # fmt: skip
     return [
         CellLists(

@@ -20,6 +20,7 @@ def test_a_build_within_its_limits() -> None:
     assert violations(replace(GOOD, instructions=Counter({"MOV": 1})), Limits(), 80) == []
     assert violations(replace(GOOD, stack=48, instructions=Counter({"LDL": 9})), Limits(), 80) == []
     assert violations(replace(GOOD, stack=8), Limits(stack=8), 90) == []
+    assert violations(replace(GOOD, shared=99 << 10, instructions=Counter({"QMMA": 1})), Limits(units="own"), 120) == []
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def test_a_build_within_its_limits() -> None:
         ({"instructions": Counter({"LDL": 2})}, Limits(), 90, "2 accesses to local memory"),
         ({}, Limits(registers=128), 90, "168 registers: at most 128"),
         ({"shared": 200 << 10}, Limits(), 80, "204800 bytes of shared memory: at most 166912"),
+        ({"shared": 100 << 10}, Limits(), 89, "102400 bytes of shared memory: at most 101376"),
+        ({"shared": 50 << 10, "registers": 64}, Limits(together=2), 86, "51200 bytes of shared memory: 2 programs"),
         ({}, Limits(together=2), 90, "168 registers of 256 threads: 2 programs"),
         ({"registers": 64, "shared": 120 << 10}, Limits(together=2), 90, "122880 bytes of shared memory: 2 programs"),
         ({"instructions": Counter()}, Limits(units="some"), 90, "no matrix products"),
@@ -59,6 +62,16 @@ def test_table(tmp_path: Path) -> None:
     assert '"2030-01-01"' in (tmp_path / "compile.json").read_text()
     assert table.line(ROW) == "rows, swiglu_kernel, sm_90: 32 registers, 0 B shared"
     assert table.line(FAILED).endswith("sm_80: not compiled: no such type")
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "compile.json"
+    assert table.rows_of(path, "3.7.1") == []
+    table.write(path, [ROW, FAILED], "3.7.1")
+    assert table.rows_of(path, "3.7.1") == [ROW, FAILED]
+    assert table.rows_of(path, "3.6.0") == []
+    table.write(path, [ROW], "3.7.1", build="of other code")
+    assert table.rows_of(path, "3.7.1") == []
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,11 @@ from workers.bench.builds.shipped import shipped
 SHIPPED = list(shipped())
 NAMES = ("prefill, heads of 128, int8 KV", "decode and heads, int8 KV", "float8_e4m3 products, 1024 tokens")
 BUILDS = [pytest.param(one, 90, id=one.name) for one in SHIPPED if one.name in NAMES]
+WIDE_CODES = [pytest.param(one, 100, id=f"sm_100, {one.name}") for one in SHIPPED if one.name == NAMES[-1]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("one", "capability"), BUILDS)
+@pytest.mark.parametrize(("one", "capability"), BUILDS + WIDE_CODES)
 def test_limits(one: Shipped, capability: int) -> None:
     launches = compiled_launches(lambda: one.call(capability), capability)
     # before 8.9 activations are never codes

@@ -29,11 +29,12 @@ MULTIPLES = {"width", "key_head", "num_words"}
 
 
 def build(
-    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = TILES.warps
-) -> Compiled:
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = TILES.warps,
+    maxnreg: int | None = None,
+) -> Compiled:  # fmt: skip
     types = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     built = compile_kernel(
-        kernel, capability, types, constants, num_warps=warps, multiples=tuple(MULTIPLES & set(types))
+        kernel, capability, types, constants, num_warps=warps, maxnreg=maxnreg, multiples=tuple(MULTIPLES & set(types))
     )
     assert built.stack == 0
     assert built.count("LDL", "STL") == 0
@@ -126,7 +127,8 @@ def test_thresholds_and_lists(capability: int) -> None:
         "column_totals", "dense", "cells",
     )  # fmt: skip
     constants = {"HEADS": 32, "TILE": 128, "BLOCK": 1024}
-    build(device_lists.lists_kernel, capability, dict.fromkeys(names, INTEGERS), constants)
+    warps, registers = device_lists.OPTIONS["num_warps"], device_lists.OPTIONS["maxnreg"]
+    build(device_lists.lists_kernel, capability, dict.fromkeys(names, INTEGERS), constants, warps, registers)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -96,4 +96,5 @@ def test_which_product() -> None:
     assert Tiling.of(8, 128, half, True, HOPPER).rows == 16
     assert Tiling.of(4096, 64, half, True, HOPPER).rows == 64
     assert Tiling.of(many, 128, half, True, HOPPER)[:2] == (128, 128)
-    assert Tiling.of(many, 128, half, True, AMPERE)[:2] == (128, 64)
+    for capability in (AMPERE, (12, 0)):
+        assert Tiling.of(many, 128, half, True, capability)[:2] == (128, 64)

@@ -30,8 +30,8 @@ def test_attention(cache: str, limit: int, capability: int) -> None:
         "GROUP": 8, "ROWS": 16, "DIM": 128, "WIDTH": 128, "PAGE": 64, "BLOCK": 64, "ROTATIONS": 3, "LIMIT": limit,
         "DOT": tl.bfloat16,
     }  # fmt: skip
-    stages = 2 if limit else 3
-    built = compile_kernel(decode.attend_splits_kernel, capability, types, constants, num_stages=stages)
+    options = decode.launch_options(limit)
+    built = compile_kernel(decode.attend_splits_kernel, capability, types, constants, **options)
     assert built.stack <= (8 if (cache, capability) == ("i8", 90) else 0)  # ptxas keeps to 128 registers there
     assert built.registers * 128 * 3 <= REGISTERS
     assert built.shared * 3 <= SHARED_LIMIT[capability]
