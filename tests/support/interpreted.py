@@ -21,7 +21,7 @@ import pytest
 import torch
 
 _VARIABLE = "TRITON_INTERPRET"
-# other plugins of pytest than this one take longer to start than many of these modules run
+# importing pytest's other plugins takes longer than all else at the start of such a process
 _ENVIRONMENT = {_VARIABLE: "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _TIMEOUT_S = 570  # below that of a test
 
@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 
 def _speed_up() -> None:
-    """Do once what the interpreter does at every call of a function, or for every value: half of its time.
+    """Do once what the interpreter does at every call of a function, or for every value.
 
     It replaces the functions of the language by its own, which are the same each time, and looks up types in a table
     which it makes for that.
