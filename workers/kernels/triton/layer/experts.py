@@ -21,7 +21,8 @@ from workers.kernels.triton.layer.rows import dot_type, swiglu
 
 _COMBINED = 1024  # columns
 _FEW_ROWS, _SOME_ROWS = 16, 96  # of an expert in the mean, up to which tiles are narrow, and half as wide
-# compute capabilities, without the minor number, whose products are of more than one warp; PyTorch's grouped one is for them
+# compute capabilities, without the minor number, whose products are of more than one warp, and for which PyTorch has a
+# grouped product
 _WIDE_UNITS = (9, 10)
 _GROUPED_MIN_ROWS = 64  # an expert, from which PyTorch's grouped product is used; it gathers and activates apart
 
