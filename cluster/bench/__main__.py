@@ -6,6 +6,7 @@ import contextlib
 import functools
 import random
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -207,6 +208,16 @@ def _counts(context: click.Context, option: click.Parameter, text: str) -> list[
     return [int(word) for word in words]
 
 
+def _program(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    try:
+        words = ["true"] if text is None else shlex.split(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text}: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise click.BadParameter(f"{text}: its first word must be a program: a name on PATH, or a path")
+    return text
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 
@@ -216,7 +227,11 @@ def _say(line: str) -> None:
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the runner and of the one actor.")
 @click.option("--counts", default="0,1,2,4", callback=_counts, help="Numbers of busy processes; the first is 1.0.")
 @click.option("--kind", type=click.Choice(KINDS), default="loop", help="What they do; `pinned`: each on one core.")
-@click.option("--command", help="A program in their place, such as a server without requests; try --counts 0,1.")
+@click.option(
+    "--command",
+    callback=_program,
+    help="A program in their place, such as a server without requests; try --counts 0,1.",
+)
 @click.option("--settle", type=click.FloatRange(0), default=1.0, help="Seconds until they have begun.")
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Prefills of each in turns behind a median.")
 def neighbours(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
+from cluster.bench.__main__ import main
 from cluster.bench.speed.neighbours import KINDS, Kind, Neighbour, measure_neighbours, neighbours
 
 
@@ -71,3 +73,10 @@ def test_a_command_that_ends_is_an_error() -> None:
         neighbours(1, Neighbour(command="true", settle_s=0.2)),
     ):
         pass
+
+
+@pytest.mark.parametrize("command", ["no-such-program --port 1", "'unclosed", ""])
+def test_a_command_that_is_no_program_is_refused_before_anything_starts(tmp_path: Path, command: str) -> None:
+    result = CliRunner().invoke(main, ["neighbours", "--model", str(tmp_path), "--command", command])
+    assert result.exit_code == 2
+    assert "Invalid value for '--command'" in result.output
