@@ -36,6 +36,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")  # runs what it is told, and starts no other
     if option.all and not is_worker and not _is_named(config) and getattr(option, "numprocesses", 0) is None:
         option.numprocesses, option.dist, option.loadscopereorder = "auto", "loadfile", False
+        if option.durations is None:
+            option.durations, option.durations_min = 30, 5.0  # seconds; what makes the run long is named at its end
         # the processes share the cores, and what they start inherits this
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _PROCESSES)))
 
@@ -57,7 +59,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(_ONE_BY_ONE))
+    # then those that take minutes, so that no process has one of them left at the end
+    items.sort(key=lambda item: (not item.nodeid.startswith(_ONE_BY_ONE), item.name != "in_the_interpreter"))
     if config.option.all or _is_named(config):
         return
     fast = [item for item in items if item.nodeid.startswith(_FAST) and item.get_closest_marker("slow") is None]
