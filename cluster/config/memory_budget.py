@@ -62,6 +62,8 @@ def weight_bytes(deployment: Deployment, shard: ShardSpec) -> int:
     total = shard_weight_bytes(spec, shard, width)
     product_width, table_width = weight_widths(deployment)
     saved = product_params(spec, shard) * (width - product_width) + table_params(spec, shard) * (width - table_width)
+    if spec.quant is not None and spec.quant.head and shard.is_last and not spec.tie_word_embeddings:
+        saved += shard.vocab.size * spec.hidden_size * (table_width - product_width)
     return total - round(saved)
 
 

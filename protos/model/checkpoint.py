@@ -31,6 +31,7 @@ from protos.model.weight_files import (
 
 __all__ = ["Checkpoint", "CheckpointError", "StoredTensor", "expected_tensors", "fingerprint_of"]
 
+_HEAD = LM_HEAD.removesuffix("weight")
 _SAMPLE = 64 * 1024  # bytes of a file's data in the fingerprint, three times
 _MAX_TENSORS = 1 << 20  # with those in stacks of experts, which no header bounds: a model of 235B parameters has 36,946
 
@@ -146,12 +147,12 @@ class Checkpoint:
     @property
     def has_own_head(self) -> bool:
         """Whether the rows of `lm_head` are other ones than those of the embedding."""
-        return LM_HEAD in self.tensors
+        return any(name.startswith(_HEAD) for name in self.tensors)
 
 
 def _is_quantized(headers: dict[str, Header], spec: ModelSpec, name: str) -> bool:
-    """Return whether a matrix of a layer is stored in parts; routers never are."""
-    if not name.startswith("model.layers.") or not name.endswith("_proj.weight"):
+    """Return whether a matrix of a layer or the output matrix is stored in parts; routers never are."""
+    if name != LM_HEAD and not (name.startswith("model.layers.") and name.endswith("_proj.weight")):
         return False
     header = headers.get(name)
     return is_quantized(spec.quant, name.removesuffix(".weight"), headers, header.dtype if header else None)

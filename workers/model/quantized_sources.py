@@ -12,6 +12,7 @@ import torch
 from protos.model.checkpoint import Checkpoint, CheckpointError, expected_tensors
 from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import ModelSpec
+from protos.model.tensor_names import LM_HEAD
 from protos.stage.messages import Span
 from workers.model.quantized import MatrixSource, Region
 from workers.quant.gguf.blocks import KINDS
@@ -26,16 +27,22 @@ _DUMMY_ROWS = 64  # rows of a random matrix that are generated together
 _DUMMY_SCALES: dict[Kind, float] = {"int4": 0.02 / 4.61, "int8": 0.02 / 73.9, "float8_e4m3": 0.02}
 
 
+def _matrices(spec: ModelSpec, with_head: bool) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the matrices that checkpoints store quantised."""
+    tensors = expected_tensors(spec).items()
+    return {name: shape for name, shape in tensors if name.endswith("_proj.weight") or (with_head and name == LM_HEAD)}
+
+
 class FileMatrices(MatrixSource):
     """The quantised matrices of a checkpoint; files are opened by `opened` and stay mapped."""
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, scheme: QuantScheme, opened: Callable[[str], Any]):
         self._checkpoint, self._scheme, self._opened = checkpoint, scheme, opened
-        self._shapes = {name: shape for name, shape in expected_tensors(spec).items() if name.endswith("_proj.weight")}
+        self._shapes = _matrices(spec, with_head=True)
 
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised."""
-        return self._checkpoint.is_quantized(name)
+        return name in self._shapes and self._checkpoint.is_quantized(name)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix. Raises as the readers do."""
@@ -97,7 +104,7 @@ class RandomMatrices(MatrixSource):
     def __init__(self, spec: ModelSpec, scheme: QuantScheme, seed: int) -> None:
         self._scheme, self._seed = scheme, seed
         self._kind: Kind = "float8_e4m3" if scheme.is_float else "int4" if scheme.bits == 4 else "int8"
-        self._shapes = {name: shape for name, shape in expected_tensors(spec).items() if name.endswith("_proj.weight")}
+        self._shapes = _matrices(spec, scheme.head)
 
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised: all of attention, MLPs and experts are."""

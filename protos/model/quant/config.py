@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from protos.model.json_fields import Fields
 from protos.model.quant.scheme import Format, QuantScheme
@@ -49,14 +51,13 @@ def _gptq(section: Fields) -> QuantScheme:
     if section.boolean("is_marlin_format", default=False):
         raise section.error("is_marlin_format", True, "must be false; export the checkpoint in the format gptq")
     _refuse_overrides(section)
-    if section.boolean("lm_head", default=False):
-        raise section.error("lm_head", True, "a quantised output matrix is not read; use a checkpoint without")
     bits = section.integer("bits", low=1, high=16)
     if bits not in (4, 8):
         raise section.error("bits", bits, "must be 4 or 8")
     return QuantScheme(
         "gptq", bits, group=_group(section, "group_size"), has_zeros=not section.boolean("sym", default=True),
         zero_offset=1 if form == "gptq" else 0, ordered=section.boolean("desc_act", default=False),
+        head=section.boolean("lm_head", default=False),
     )  # fmt: skip
 
 
@@ -98,14 +99,31 @@ def _compressed_tensors(section: Fields) -> QuantScheme:
     groups = section.section("config_groups", "must be an object")
     if not groups.values:
         raise section.missing("config_groups", "must name what is quantised")
-    found = []
+    found, targets = [], []
     for name in groups.values:
         group = groups.section(name, "must be an object")
+        targets += _names(group, "targets")
         form = group.get("format") or section.get("format")
         found.append(_weights(group.section("weights", "must be an object"), section, form))
     if any(scheme != found[0] for scheme in found):
         raise section.error("config_groups", list(groups.values), "several schemes in one model are not read; only one")
-    return found[0]
+    has_head = _is_among("lm_head", targets) or "Linear" in targets
+    return replace(found[0], head=has_head and not _is_among("lm_head", _names(section, "ignore")))
+
+
+def _names(section: Fields, key: str) -> list[str]:
+    value = section.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise section.error(key, value, "must be a list of names of modules or classes, or of patterns (`re:...`)")
+    return value
+
+
+def _is_among(module: str, names: list[str]) -> bool:
+    """Return whether a module is named, or matched by a pattern, as compressed-tensors does it."""
+    try:
+        return any(re.match(name[3:], module) if name.startswith("re:") else name == module for name in names)
+    except re.error:
+        return False  # what the files store decides in the end
 
 
 def _refuse_other_changes(section: Fields) -> None:

@@ -19,6 +19,7 @@ class QuantScheme:
     block_rows: int = 0  # rows that share a scale; 0: every row has its own, or one is that of the whole matrix
     has_zeros: bool = False  # zero points differ, and are stored
     zero_offset: int = 0  # added to stored zero points: 1 in the first format of GPTQ
+    head: bool = False  # the output matrix is converted too, not those of layers alone
     ordered: bool = False  # the groups may be of inputs in the order of their activation (`desc_act`)
     mean_bytes: float = 0.0  # of a weight in memory, of a file of many types; 0: as the other fields say
     table_bytes: float = 0.0  # of a weight of the embedding and the output head in memory; 0: stored plain

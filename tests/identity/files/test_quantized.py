@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.support.fakes.pipeline import Pipeline
 from tests.support.oracles.checks import run, three_prompts
 from tests.support.quant.checkpoints import quantize_checkpoint
 from workers.model.weights import load_shard, whole_model
+from workers.quant.weight import QuantizedWeight
 
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
@@ -26,6 +28,12 @@ FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size"
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"} | weights
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": {"weights": args}}}
+
+
+def linear(form: str, **weights: Any) -> dict[str, Any]:
+    config = compressed(form, **weights)
+    config["config_groups"]["group_0"]["targets"] = ["Linear"]
+    return config
 
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -96,6 +104,33 @@ def test_inputs_in_the_order_of_activation(family: str, checkpoint: Checkpoints,
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
 def test_matrices_that_stay_plain(family: str, kept: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
     check_same(checkpoint(family), tmp_path, FORMATS["awq"], LAYOUTS, keep=lambda name: kept in name)
+
+
+OUTPUT_MATRICES = {
+    "gptq": GPTQ | {"lm_head": True},
+    "gptq v2, int8, zero points": GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "sym": False, "lm_head": True},
+    "packed": linear("pack-quantized", num_bits=4, strategy="group", group_size=32),
+    "packed, zero points": linear("pack-quantized", num_bits=4, strategy="channel", symmetric=False),
+    "int8": linear("int-quantized"),
+    "fp8 rows": linear("float-quantized", type="float"),
+}
+
+
+@pytest.mark.parametrize("form", OUTPUT_MATRICES)
+def test_the_output_matrix(form: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    check_same(checkpoint("qwen3_moe"), tmp_path, OUTPUT_MATRICES[form], LAYOUTS)
+    spec = load_model_spec(tmp_path / "quantised")
+    head = load_shard(tmp_path / "quantised", spec, whole_model(spec), torch.float32, "cpu").lm_head
+    assert isinstance(head, QuantizedWeight)
+
+
+def test_a_tied_output_matrix_of_its_own_must_be_plain(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    check_same(checkpoint("qwen3_moe"), tmp_path, OUTPUT_MATRICES["gptq"], [])
+    file = tmp_path / "quantised" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    spec = load_model_spec(tmp_path / "quantised")
+    with pytest.raises(CheckpointError, match=r"lm_head\."):
+        load_shard(tmp_path / "quantised", spec, whole_model(spec), torch.float32, "cpu")
 
 
 def test_some_plain_experts_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -117,13 +117,14 @@ def quantize_checkpoint(
     """Write a checkpoint as two: quantised, and plain float32 with the values that the other stands for.
 
     Args:
-        keep: which matrices of layers stay plain beside routers.
+        keep: which matrices of layers stay plain beside routers; the output matrix does unless `scheme` says other.
     """
     quantised, plain = folder / "quantised", folder / "plain"
     tensors: Tensors = load_file(source / "model.safetensors")
     one, two = {}, {}
     for name, tensor in tensors.items():
-        if tensor.dim() != 2 or ".layers." not in name or name.endswith("mlp.gate.weight") or keep(name):
+        is_matrix = tensor.dim() == 2 and (".layers." in name or (scheme.head and name == "lm_head.weight"))
+        if not is_matrix or name.endswith("mlp.gate.weight") or keep(name):
             one[name] = two[name] = tensor
             continue
         made = quantize(tensor.float(), scheme, scale_dtype, shuffled and scheme.ordered)

@@ -114,3 +114,14 @@ def test_quantised_weights_count_as_they_are_stored(scheme: QuantScheme, bytes_p
     saved = weight_bytes(plain, shard) - weight_bytes(stored, shard)
     assert saved == round(product_params(plain.spec, shard) * (2 - bytes_per_weight))
     assert scheme.bytes_per_weight == bytes_per_weight
+
+
+def test_a_quantised_output_matrix_counts_as_it_is_stored():
+    plain = deployment(model__dtype="bfloat16")
+    scheme = QuantScheme("gptq", 4, group=128)
+    spec = replace(plain.spec, quant=scheme, tie_word_embeddings=False)
+    without = replace(plain, spec=spec)
+    stored = replace(plain, spec=replace(spec, quant=replace(scheme, head=True)))
+    (shard,) = plain.shards
+    saved = weight_bytes(without, shard) - weight_bytes(stored, shard)
+    assert saved == round(spec.vocab_size * spec.hidden_size * (2 - 0.5 - 2 / 128))

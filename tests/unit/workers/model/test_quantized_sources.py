@@ -36,6 +36,15 @@ def test_regions_and_scale(scheme: QuantScheme) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_random_output_matrix(has_head: bool) -> None:
+    scheme = replace(SCHEMES[0], head=has_head)
+    spec = replace(SPEC, quant=scheme, tie_word_embeddings=False)
+    weights = dummy_shard(spec, shards(spec, 1, 1)[0][0], torch.float32, "cpu")
+    assert isinstance(weights.lm_head, QuantizedWeight) == has_head
+    assert isinstance(weights.embed, torch.Tensor)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.format)
 def test_shards_of_random_experts(scheme: QuantScheme) -> None:
     spec = replace(SPEC, quant=scheme)
