@@ -17,7 +17,7 @@ from workers.bench.gpu import command as gpu_command
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
-from workers.bench.quantized import OUTPUTS, run_quantized
+from workers.bench.quantized import OUTPUTS, run_experts_of_a_token, run_quantized
 from workers.bench.timing import Figure
 from workers.kernels.build import kernel_family
 
@@ -208,9 +208,9 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
         repeats = options.repeats or (2 if quick else 10)
         yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, tuple(keys), repeats))
     if verb == "quantized":
-        yield from run_quantized(
-            64 if quick else 1024, options.repeats or (2 if quick else 10), 64 if quick else OUTPUTS
-        )
+        repeats = options.repeats or (2 if quick else 10)
+        yield from run_quantized(64 if quick else 1024, repeats, 64 if quick else OUTPUTS)
+        yield from run_experts_of_a_token(repeats, *((16, 1) if quick else ()))
     if verb in ("prefill", "decode", "all"):
         sizes = [min(options.lengths[0], 300)] if quick else options.lengths
         decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
