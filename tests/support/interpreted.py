@@ -80,5 +80,5 @@ class _Process(pytest.Item):
         if done.returncode:
             pytest.fail(f"exit code {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)
 
-    def reportinfo(self) -> tuple[Path, None, str]:
-        return self.path, None, self.name
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.name
