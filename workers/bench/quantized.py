@@ -49,13 +49,17 @@ def _weight(kind: Kind, group: int, shape: tuple[int, ...], zeros: torch.dtype |
     return QuantizedWeight(kind, group, codes, scales, points)
 
 
+def _check_kernels() -> None:
+    if compiled.path() is None:
+        raise ValueError("quantized: no compiled kernels on this machine: install a C++ compiler")
+
+
 def run_quantized(tokens: int, repeats: int, outputs: int = OUTPUTS) -> Iterator[Figure]:
     """Measure `[T, 2048] -> outputs` in every form: of one row and four with the bytes read a second, of `tokens`.
 
     Raises ValueError: there are no compiled kernels.
     """
-    if compiled.path() is None:
-        raise ValueError("quantized: no compiled kernels on this machine: install a C++ compiler")
+    _check_kernels()
     with torch.inference_mode():
         for name, weight in forms(outputs):
             for rows in (1, 4, tokens):
@@ -72,8 +76,7 @@ def run_experts_of_a_token(repeats: int, experts: int = _EXPERTS, least_bytes: i
 
     Raises ValueError: there are no compiled kernels.
     """
-    if compiled.path() is None:
-        raise ValueError("quantized: no compiled kernels on this machine: install a C++ compiler")
+    _check_kernels()
     weights: dict[str, list[Packed]] = {
         "bfloat16": [packed(torch.zeros(shape, dtype=torch.bfloat16), pairs) for shape, pairs in _MATRICES]
     }
