@@ -79,6 +79,12 @@ def answer(stages: Stages, first_page: int, present: int) -> list[tuple[int, flo
     return found
 
 
+def assert_same(answered: list[tuple[int, float | None]], expected: list[tuple[int, float | None]]) -> None:
+    """Equal tokens, and log-probabilities but for rounding: a product of fewer rows may sum in another order."""
+    assert [token for token, _ in answered] == [token for token, _ in expected]
+    assert [logprob for _, logprob in answered] == pytest.approx([logprob for _, logprob in expected], abs=1e-5)
+
+
 def test_kv_of_two_stages_is_loaded_by_one_and_by_three(make, store: Path) -> None:
     first = make(2, str(store))
     expected = answer(first, 0, 0)
@@ -102,7 +108,7 @@ def test_kv_of_two_stages_is_loaded_by_one_and_by_three(make, store: Path) -> No
             assert handle.find_kv(keys) == len(keys)
             reply = handle.load_kv(moved)
             assert (reply.blocks, reply.damaged, reply.problem) == (len(keys), 0, "")
-        assert answer(other, 20, len(keys) * TOKENS) == expected
+        assert_same(answer(other, 20, len(keys) * TOKENS), expected)
     shard = other.handles[0]
     assert shard.touch_kv([*keys, b"x" * 32]).blocks == len(keys)
     assert shard.drop_kv(keys[1:]).blocks == len(keys) - 1
