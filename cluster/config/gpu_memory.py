@@ -140,7 +140,7 @@ def _attention_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
 
 
 def _selection_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
-    """Return what sparse cells take: columns, their sums and lists, and the entries and output of one cell."""
+    """Return what sparse cells take: columns, their sums and lists, and the entries of one cell."""
     heads, dim, context = shard.heads.size, spec.head_dim, step.context
     cells = -(-step.tokens // step.cell)
     room = -(-step.columns // _BLOCK) * _BLOCK
@@ -153,5 +153,4 @@ def _selection_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
     # at the small tile; a group of heads after the other, while that of the last one is still held
     most = 6 * (context + _TILES[1]) // (10 * _BLOCK) + 1
     entries = heads * (step.cell // _TILES[1]) * 12 * (min(most, context // _BLOCK + runs[1]) + room // _BLOCK)
-    cell = WIDTH * step.cell * heads * dim + 2 * min(entries, _ENTRY_BYTES)
-    return columns + kept + queries + max(sums, lists + cell)
+    return columns + kept + queries + max(sums, lists + 2 * min(entries, _ENTRY_BYTES))

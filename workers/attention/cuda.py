@@ -146,8 +146,9 @@ def attend_dense(
 
 
 def attend_lists(
-    q: Queries, staged: Staged, plan: AttentionPlan, scales: RowScales, lists: Sequence[CellLists]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Queries, staged: Staged, plan: AttentionPlan, scales: RowScales, lists: Sequence[CellLists],
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Compute attention of the rows of one cell over what its lists visit. Nothing returns to the host.
 
     Heads run together as far as their columns and entries fit into scratch memory, those with most work first.
@@ -155,9 +156,11 @@ def attend_lists(
     Args:
         plan: the rows; its own selections are not read.
         lists: of one or two sizes of tiles, of which each head takes one.
+        out: `[T, H, D]`, contiguous, to write to.
 
     Returns:
-        `[T, H, D]` in the type of `q`, and the number of pairs that every head visits, `[H]` int64 on the device.
+        `out`, or a new `[T, H, D]` in the type of `q`, and the number of pairs that every head visits, `[H]` int64 on
+        the device.
     """
     from workers.kernels.triton.blocks import QuerySides
     from workers.kernels.triton.dense_attention import dense_attention
@@ -170,7 +173,8 @@ def attend_lists(
     group, rates = heads // staged.kv_heads, tile_rates(device, q.intra.shape[2])
     sides = QuerySides(q.intra, q.succ, q.inter)
     head_tiles, order, visited = choose_on_device(lists, rows, [rates[one.tile] for one in lists])
-    out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device)
+    out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=device) if out is None else out
+    assert out.is_contiguous()
     dense_attention(sides, rows, staged, scales.each, out, head_tiles)
     for one in lists:
         capacity = one.columns.shape[1]

@@ -161,13 +161,13 @@ class StepSelection:
         self.held_out = _sample(cells, others, 32, device)
         group = len(budgets.heads) // kv_heads
         host = [
-            [span.stop, len(rows), cell.plan.causal_pairs, _room(spec, cell.plan, group)]
-            for span, rows, cell in zip(spans, sampled, cells, strict=True)
+            [len(rows), _room(spec, cell.plan, group), -1.0 if spec.synthetic else spec.recall_floor]
+            for rows, cell in zip(sampled, cells, strict=True)
         ]
-        numbers = moved(torch.tensor(host, dtype=torch.float64), device)
-        self._seen, self._num_rows, self._causal, self._dense_room = numbers.T[..., None]
+        self._rules = moved(torch.tensor(host, dtype=torch.float64), device)
+        self._causal = np.array([[cell.plan.causal_pairs] for cell in cells], np.float64)
         self._figures: list[tuple[int, torch.Tensor]] = []  # by layer: recalls and fallbacks [3, C, H]
-        self._visited: list[torch.Tensor] = []  # [C, H]
+        self._visited: list[torch.Tensor] = []  # [H], by layer and cell
 
     @property
     def column_capacity(self) -> int:
@@ -195,22 +195,20 @@ class StepSelection:
 
         Scratch memory: 8 bytes a cell, head and key, and 4 more with adaptive budgets.
         """
+        from workers.kernels.triton.sparse.decide import decide
         from workers.kernels.triton.sparse.device_lists import make_lists
         from workers.kernels.triton.sparse.recall import held_out_shares
 
-        columns, offsets, mass = self._kept(layer, estimate, keys)
-        is_whole = offsets.totals >= self._seen
-        recall = torch.where(is_whole, 1.0, (mass.double() / self._num_rows).clamp_max(1.0))
-        share = held_out_shares(held_out, self.held_out.positions, offsets, columns, keys, self.tables, self._shape)
-        share = torch.where(is_whole, 1.0, share.double())
-        dense = self._fall_back(share)
-        self._figures.append((layer, torch.stack([recall, share, dense.double()])))
-        by_tile = [make_lists(offsets, columns, dense.int(), self.tables, tile) for tile in self._tiles]
+        columns, offsets, kept = self._kept(layer, estimate, keys)
+        shares = held_out_shares(held_out, self.held_out.positions, offsets, columns, keys, self.tables, self._shape)
+        figures, dense = decide(shares, offsets, columns, kept, self._rules, self.tables, self._kv_heads)
+        self._figures.append((layer, figures))
+        by_tile = [make_lists(offsets, columns, dense, self.tables, tile) for tile in self._tiles]
         return list(zip(*by_tile, strict=True))
 
     def note_visited(self, pairs: Sequence[torch.Tensor]) -> None:
         """Note the pairs that attention visited in the layer selected last, `[H]` for every cell."""
-        self._visited.append(torch.stack(list(pairs)))
+        self._visited += pairs
 
     def figures(self) -> list[CellFigures]:
         """Wait for the device and return the figures of every layer and cell, in the order of layers.
@@ -219,9 +217,11 @@ class StepSelection:
         """
         if not self._figures:
             return []
-        assert len(self._visited) == len(self._figures)
-        density = torch.stack(self._visited) / self._causal
-        values = torch.cat([density[:, None], torch.stack([one for _, one in self._figures])], dim=1).cpu().numpy()
+        layers, cells = len(self._figures), len(self._starts)
+        assert len(self._visited) == layers * cells
+        pairs = torch.stack(self._visited).view(layers, 1, cells, -1)
+        values = torch.cat([pairs, torch.stack([one for _, one in self._figures])], dim=1).cpu().numpy()
+        values[:, 0] /= self._causal
         held_out, dense = values[:, 2], values[:, 3]
         if not self._spec.synthetic and bool(((held_out < self._spec.recall_floor) & (dense == 0)).any()):
             warn_cap(self._spec.max_dense_share, self._spec.recall_floor)
@@ -233,7 +233,7 @@ class StepSelection:
         return found
 
     def _kept(self, layer: int, sample: SampledQueries, keys: torch.Tensor) -> tuple[Kept, Kept, torch.Tensor]:
-        """Return kept columns and offsets, and the mass `[C, H]` that they keep of the estimate."""
+        """Return kept columns and offsets, and `decide`'s `kept`: what they keep of the estimate."""
         from workers.kernels.triton.sparse.estimate import estimate
         from workers.kernels.triton.sparse.recall import overlap
         from workers.kernels.triton.sparse.selection import compact, thresholds
@@ -249,9 +249,7 @@ class StepSelection:
             columns = compact(sums.columns, found, FORCED_COLUMNS, self.tables, self.column_capacity)
             found = thresholds(sums.offsets, num_offsets, FORCED_OFFSETS, self.tables)
             offsets = compact(sums.offsets, found, FORCED_OFFSETS, self.tables)
-        done = (offsets.totals >= self._seen).int()
-        twice = overlap(sample, sums.lse, offsets, columns, done, keys, self.tables, self._shape)
-        return columns, offsets, columns.masses + offsets.masses - twice
+        return columns, offsets, overlap(sample, sums.lse, offsets, columns, None, keys, self.tables, self._shape)
 
     def _adaptive(self, sample: SampledQueries, keys: torch.Tensor) -> tuple[Kept, Kept, torch.Tensor]:
         """Return what adaptive budgets keep, after a fixed number of proposals, the last of which is everything."""
@@ -262,7 +260,7 @@ class StepSelection:
 
         forced = FORCED_COLUMNS, -(-FORCED_OFFSETS // GROUP) * GROUP
         sums = estimate(sample, keys, self.tables, self._shape, _programs(self._device), forced)
-        num_rows = self._num_rows[:, 0]
+        num_rows = self._rules[:, 0].contiguous()
         search = Search.begin(sums.columns, sums.offsets, num_rows, self._spec.target_recall * num_rows, self.tables)
         columns: Kept | None = None
         offsets: Kept | None = None
@@ -272,8 +270,8 @@ class StepSelection:
             found = search.thresholds, search.quotas
             columns = compact_proposal(columns, sums.columns, found, search.done, FORCED_COLUMNS, self.tables)
             offsets = search.kept_offsets(offsets, forced[1])
-            twice = overlap(sample, sums.lse, offsets, columns, search.done, keys, self.tables, self._shape, forced)
-            kept = torch.where(search.done != 0, kept, search.base + columns.masses + offsets.masses - twice)
+            parts = overlap(sample, sums.lse, offsets, columns, search.done, keys, self.tables, self._shape, forced)
+            kept = torch.where(search.done != 0, kept, search.base + columns.masses + offsets.masses - parts.sum(-1))
         assert columns is not None
         assert offsets is not None
         return columns, offsets, kept
@@ -301,21 +299,6 @@ class StepSelection:
         by_column = torch.zeros_like(by_offset).scatter_add_(2, (indices // 32).long(), bits)
         columns = Kept(by_column, indices, num_columns, kept_masses(by_column, sums.columns))
         return columns, Kept(by_offset, None, num_offsets, kept_masses(by_offset, sums.offsets))
-
-    def _fall_back(self, held_out: torch.Tensor) -> torch.Tensor:
-        """Return which heads `[C, H]` become dense: of a KV head's, those with the lowest recall (then the lower head).
-
-        The rule is that of `vertical_slash.choose`.
-        """
-        if self._spec.synthetic:
-            return torch.zeros_like(held_out, dtype=torch.bool)
-        recall = held_out.view(len(self._starts), self._kv_heads, -1)
-        head = torch.arange(recall.shape[-1], device=recall.device)
-        is_before = (recall[..., None, :] < recall[..., :, None]) | (
-            (recall[..., None, :] == recall[..., :, None]) & (head[None, :] < head[:, None])
-        )
-        dense = (recall < self._spec.recall_floor) & (is_before.sum(-1) < self._dense_room[..., None])
-        return dense.view_as(held_out)
 
 
 def max_last_q(device: torch.device | str) -> int:

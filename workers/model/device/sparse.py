@@ -65,7 +65,7 @@ class SequenceCells:
         lists = selection.select(self._layer, estimate, held_out, staged.by_head()[0])
         visited = []
         for piece, scales, own in zip(self._pieces, self._scales, lists, strict=True):
-            out[piece.rows], pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, scales, own)
+            _, pairs = cuda.attend_lists(q[piece.rows], staged, piece.plan, scales, own, out[piece.rows])
             visited.append(pairs)
         selection.note_visited(visited)
 

@@ -24,7 +24,7 @@ DCA = DualChunkSpec(chunk_size=262144, local_size=8192, original_max_position_em
 SPARSE = SparseSpec(cell=8192, uniform=HeadBudget(1000, 6096))
 ADAPTIVE = SparseSpec(cell=8192)
 MOST_PREFILL, MOST_DECODE = 40, 20  # launches a layer
-MOST_SELECTION, MOST_A_CELL = 50, 16  # more where there are sparse cells, and for each of them
+MOST_SELECTION, MOST_A_CELL = 7, 10  # more where there are sparse cells, and for each of them
 
 
 @pytest.fixture(scope="module")

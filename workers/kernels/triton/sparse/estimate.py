@@ -224,7 +224,7 @@ def estimate(
     assert rows <= shape.block
     partial = keys.new_empty((len(tables.chunks), heads, rows), dtype=torch.float32)
     lse = keys.new_empty((num_cells, heads, rows), dtype=torch.float32)
-    columns, offsets = (torch.zeros((num_cells, heads, tables.width), device=keys.device) for _ in range(2))
+    columns, offsets = torch.zeros((2, num_cells, heads, tables.width), device=keys.device)
     sizes = {
         "HEADS": heads, "GROUP": group, "ROWS": rows, "DIM": dim, "BLOCK": shape.block, "DOT": dot_type(keys),
         "num_warps": shape.warps,

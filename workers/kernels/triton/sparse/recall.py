@@ -122,12 +122,13 @@ def overlap_kernel(
     queries: tl.tensor, scales: tl.tensor, keys: tl.tensor, cells: tl.tensor, done: tl.tensor, num_cells: tl.tensor,
     key_head: tl.tensor, num_words: tl.tensor, room: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    DOT: tl.constexpr, SKIP_COLUMNS: tl.constexpr, SKIP_OFFSETS: tl.constexpr,
+    DOT: tl.constexpr, ADAPTIVE: tl.constexpr, SKIP_COLUMNS: tl.constexpr, SKIP_OFFSETS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sum the probabilities of the pairs that a head keeps both by column and by offset: `partial` `[C * H, programs]`.
 
     Program `(cell and head, part)`. Heads that are `done` `[C * H]` are left out (their sums are 0); likewise pairs
-    with a key below `SKIP_COLUMNS` or a distance below `SKIP_OFFSETS`.
+    with a key below `SKIP_COLUMNS` or a distance below `SKIP_OFFSETS`. Unless budgets are `ADAPTIVE`, `done` are the
+    numbers of offsets that are kept, and heads that keep all are left out.
     """
     own, cell = tl.program_id(0), tl.program_id(0) // HEADS
     head = own % HEADS + tl.zeros([ROWS], tl.int32)
@@ -138,7 +139,8 @@ def overlap_kernel(
     scale, total = tl.load(scales + cell * ROWS + row), tl.load(lse + own * ROWS + row)
     base = keys + (own % HEADS // GROUP).to(tl.int64) * key_head + first_row.to(tl.int64) * DIM
     words = offset_words + own.to(tl.int64) * num_words
-    count = tl.where(tl.load(done + own) != 0, 0, tl.load(totals + own))
+    least = 1 if ADAPTIVE else seen
+    count = tl.where(tl.load(done + own) >= least, 0, tl.load(totals + own))
     mass = tl.zeros([ROWS, BLOCK], tl.float32)
     for rotation in range(3):
         q = load_queries(queries, rotation, cell, head, row >= 0, num_cells, HEADS, ROWS, DIM, DOT)
@@ -181,14 +183,14 @@ def held_out_shares(
 
 
 def overlap(
-    sample: SampledQueries, lse: torch.Tensor, offsets: Kept, columns: Kept, done: torch.Tensor, keys: torch.Tensor,
-    tables: CellTables, shape: TileShape, forced: tuple[int, int] = (0, 0),
+    sample: SampledQueries, lse: torch.Tensor, offsets: Kept, columns: Kept, done: torch.Tensor | None,
+    keys: torch.Tensor, tables: CellTables, shape: TileShape, forced: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:  # fmt: skip
-    """Compute the estimate's mass `[C, H]` float32 on pairs that are kept both by column and by offset.
+    """Compute the estimate's mass on pairs that are kept both by column and by offset, in parts `[C, H, n]` float32.
 
     Args:
         sample, lse: of the estimate.
-        done: `[C, H]` int32, not 0 for heads to leave out, whose result is 0.
+        done: `[C, H]` int32, 1 for heads to leave out, whose parts are 0; None: those that keep every offset.
         forced: as for `estimate`: pairs that do not count.
     """
     assert columns.indices is not None
@@ -197,8 +199,8 @@ def overlap(
     partial = torch.empty((num_cells, heads, programs), device=keys.device)
     overlap_kernel[(num_cells * heads, programs)](
         partial, offsets.words, columns.indices, columns.totals, lse, sample.queries, sample.scales, keys, tables.cells,
-        done, num_cells, keys.stride(0), offsets.words.shape[2], columns.indices.shape[2], HEADS=heads,
-        GROUP=heads // keys.shape[0], ROWS=rows, DIM=dim, BLOCK=shape.block, DOT=dot_type(keys),
-        SKIP_COLUMNS=forced[0], SKIP_OFFSETS=forced[1], num_warps=4,
+        offsets.totals if done is None else done, num_cells, keys.stride(0), offsets.words.shape[2],
+        columns.indices.shape[2], HEADS=heads, GROUP=heads // keys.shape[0], ROWS=rows, DIM=dim, BLOCK=shape.block,
+        DOT=dot_type(keys), ADAPTIVE=done is not None, SKIP_COLUMNS=forced[0], SKIP_OFFSETS=forced[1], num_warps=4,
     )  # fmt: skip
-    return partial.sum(-1)
+    return partial

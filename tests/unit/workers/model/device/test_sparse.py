@@ -74,9 +74,9 @@ def watch_scales(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         moved.append(host.clone())
         return moved[-1]
 
-    def watch(q: Any, staged: Any, plan: Any, scales: Any, lists: Any) -> Any:
+    def watch(q: Any, staged: Any, plan: Any, scales: Any, lists: Any, out: Any) -> Any:
         seen.append(any(scales.each is one for one in moved))
-        return attend_lists(q, staged, plan, scales, lists)
+        return attend_lists(q, staged, plan, scales, lists, out)
 
     monkeypatch.setattr(cuda, "moved", move)
     monkeypatch.setattr(cuda, "attend_lists", watch)

@@ -66,7 +66,7 @@ def test_the_most_sampled_rows(capability: int) -> None:
     kernels: list[tuple[Any, dict[str, Any], int]] = [
         (estimate.lse_kernel, {"SHARED": shape.shared}, shape.warps),
         (estimate.sums_kernel, {"SHARED": shape.shared_sums, **skipped}, shape.warps),
-        (recall.overlap_kernel, skipped, 4),
+        (recall.overlap_kernel, {"ADAPTIVE": False, **skipped}, 4),
     ]
     types = {
         **SAMPLED, "chunks": INTEGERS, "offsets": FLOATS, "scratch": "*fp16", "lse": FLOATS,
@@ -111,7 +111,7 @@ def test_pairs_kept_twice(capability: int) -> None:
         **SAMPLED, "partial": FLOATS, "offset_words": INTEGERS, "columns": INTEGERS, "totals": INTEGERS, "lse": FLOATS,
         "done": INTEGERS,
     }  # fmt: skip
-    constants = {**SIZES, "ROWS": 64, "BLOCK": TILES.block, "SKIP_COLUMNS": 0, "SKIP_OFFSETS": 0}
+    constants = {**SIZES, "ROWS": 64, "BLOCK": TILES.block, "ADAPTIVE": False, "SKIP_COLUMNS": 0, "SKIP_OFFSETS": 0}
     check_products(build(recall.overlap_kernel, capability, types, constants, warps=4), capability)
 
 
