@@ -4,20 +4,26 @@ All shards of a stage run on one node. They form one group through a rendezvous 
 limit, so that a dead member is an error instead of a hang. Afterwards all of them meet again, in a group over another
 file.
 
-With gloo an operation waits for its result: a member that has left or died is an error at once for those that wait for
-it, one that is late at the limit. With NCCL an operation is only queued on the device, and nobody hears of a dead
-member: the error comes where the step waits for the device, at the limit, or as soon as `abort` is called, as it is
-when stages are being replaced. Either way it comes before anything that the step computed is used.
+On CPUs sums go through shared memory, all else and sums on processors without it through gloo. An operation waits for
+its result: a member that has left or died is an error at once for those that wait for it, one that is late at the
+limit. With NCCL an operation is only queued on the device, and nobody hears of a dead member: the error comes where the
+step waits for the device, at the limit, or as soon as `abort` is called, as it is when stages are being replaced.
+Either way it comes before anything that the step computed is used.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from workers.transport.groups import abort, limit, make_group
+from workers.transport.shared_memory import SharedSums, supports_shared_memory
+
+_log = logging.getLogger(__name__)
 
 
 class GroupLost(RuntimeError):
@@ -66,7 +72,7 @@ class Collectives:
 
 
 class GroupCollectives(Collectives):
-    """gloo (CPU) or NCCL (CUDA) among the shards of a stage."""
+    """Shared memory and gloo (CPU) or NCCL (CUDA) among the shards of a stage."""
 
     def __init__(self, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         """Args: `timeout_s` limits every meeting, and reductions until `limit` is called."""
@@ -75,12 +81,16 @@ class GroupCollectives(Collectives):
         self._device = device
         self._meeting_s = self._timeout_s = timeout_s
         self._group: Any = None
+        self._shared: SharedSums | None = None
         self._broken = ""  # why the group was aborted
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
         try:
-            self._group.allreduce([tensor]).wait()
+            if self._shared is not None:
+                self._shared.all_reduce(tensor, self._timeout_s)
+            else:
+                self._group.allreduce([tensor]).wait()
         except RuntimeError as error:
             raise GroupLost(f"the group of the stage broke: {error}") from error
         return tensor
@@ -99,6 +109,7 @@ class GroupCollectives(Collectives):
         # NCCL connects its members with the first operation: now, and not in the first step.
         group.allreduce([torch.zeros(1, device=self._device)]).wait()
         limit(group, self._timeout_s)
+        self._shared = self._share(store) if self._device.type == "cpu" else None
         self._broken, self._group = "", group
 
     def limit(self, timeout_s: float) -> None:
@@ -118,7 +129,26 @@ class GroupCollectives(Collectives):
 
     def close(self) -> None:
         self.abort("this shard has left it")
-        self._group = None
+        if self._shared is not None:
+            self._shared.close()
+        self._group = self._shared = None
+
+    def _share(self, store: dist.Store) -> SharedSums | None:
+        """Return sums through shared memory, or None where members have none: then gloo sums."""
+        rounds = itertools.count()
+
+        def exchange(text: str) -> list[str]:
+            number = next(rounds)
+            store.set(f"shared/{number}/{self.rank}", text)
+            return [store.get(f"shared/{number}/{rank}").decode() for rank in range(self.size)]
+
+        if not supports_shared_memory():
+            return None
+        try:
+            return SharedSums(self.rank, self.size, exchange)
+        except OSError as error:
+            _log.warning("sums over shards go through TCP, which is slow: %s", error)
+            return None
 
 
 def join_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Collectives:

@@ -44,7 +44,11 @@ def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_sum_is_the_same_bits_on_every_shard(size: int, dtype: torch.dtype):
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gloo"])
+def test_the_sum_is_the_same_bits_on_every_shard(
+    size: int, dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(collectives, "supports_shared_memory", lambda: shared)
     for shape in ((1,), (1, 7), (67, 13)):
         parts = [value(rank, shape, dtype) for rank in range(size)]
         sums = in_group(size, lambda group, parts=parts: group.all_reduce(parts[group.rank].clone()))

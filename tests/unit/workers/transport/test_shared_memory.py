@@ -1,0 +1,161 @@
+"""Sums through shared memory: their bits, and members that end, leave or are late."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from workers.transport.shared_memory import MemberLost, SharedSums, supports_shared_memory
+
+pytestmark = pytest.mark.skipif(not supports_shared_memory(), reason="no memory files, or stores are not ordered")
+SLOT = 1 << 20
+
+
+def exchange_over(store: dist.Store, rank: int, size: int) -> Callable[[str], list[str]]:
+    rounds = iter(range(10))
+
+    def exchange(text: str) -> list[str]:
+        number = next(rounds)
+        store.set(f"{number}/{rank}", text)
+        return [store.get(f"{number}/{other}").decode() for other in range(size)]
+
+    return exchange
+
+
+def among(size: int, work: Callable[[SharedSums, int], object]) -> list[object]:
+    """Run `work` on every member, a thread each; an exception takes the place of its result."""
+    store, results = dist.HashStore(), [None] * size
+
+    def member(rank: int) -> None:
+        try:
+            results[rank] = work(SharedSums(rank, size, exchange_over(store, rank, size)), rank)  # type: ignore[call-overload]
+        except Exception as error:  # noqa: BLE001 - judged by the test
+            results[rank] = error  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a member hangs"
+    return list(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_of_many_sizes_in_a_row(size: int, dtype: torch.dtype) -> None:
+    """Pieces at and around the size of a slot; slots are used again and again."""
+    width = torch.empty((), dtype=dtype).element_size()
+    lengths = [1, 17, SLOT // width - 1, SLOT // width, SLOT // width + 1, 3 * SLOT // width + 67, 0, 5]
+    parts = [
+        [torch.randn(length, generator=torch.Generator().manual_seed(97 * at + rank)).to(dtype) for rank in range(size)]
+        for at, length in enumerate(lengths)
+    ]
+
+    def work(group: SharedSums, rank: int) -> list[torch.Tensor]:
+        sums = [own[rank].clone() for own in parts]
+        for one in sums:
+            group.all_reduce(one, 20.0)
+        return sums
+
+    found = among(size, work)
+    for at, own in enumerate(parts):
+        expected = own[0]
+        for part in own[1:]:
+            expected = expected + part  # in the type, by rank
+        for sums in found:
+            assert isinstance(sums, list), sums
+            assert torch.equal(sums[at], expected)
+
+
+def test_a_member_that_leaves_is_an_error_at_once_but_not_before_its_last_sum() -> None:
+    def work(group: SharedSums, rank: int) -> float:
+        if rank == 1:
+            group.all_reduce(torch.ones(3), 60.0)
+            group.close()
+            return 0.0
+        time.sleep(0.3)  # rank 1 has left when this one looks
+        one = torch.ones(3)
+        group.all_reduce(one, 60.0)
+        assert one.tolist() == [2.0] * 3
+        began = time.monotonic()
+        with pytest.raises(MemberLost, match="shard 1 has ended"):
+            group.all_reduce(torch.ones(3), 60.0)
+        return time.monotonic() - began
+
+    seconds, left = among(2, work)
+    assert left == 0.0
+    assert isinstance(seconds, float), seconds
+    assert seconds < 10
+
+
+def test_a_late_member_is_an_error_at_the_limit() -> None:
+    def work(group: SharedSums, rank: int) -> None:
+        if rank == 1:
+            time.sleep(1.0)
+            return
+        with pytest.raises(MemberLost, match="Timed out waiting 200ms for shard 1"):
+            group.all_reduce(torch.ones(1), 0.2)
+
+    assert among(2, work) == [None, None]
+
+
+def _sum_until_killed(path: str) -> None:
+    store = dist.FileStore(path, 2)
+    group = SharedSums(1, 2, exchange_over(store, 1, 2))
+    group.all_reduce(torch.ones(3), 60.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_an_error_at_once(tmp_path: object) -> None:
+    """Even before its parent has asked for its exit status."""
+    path = f"{tmp_path}/store"
+    process = multiprocessing.get_context("spawn").Process(target=_sum_until_killed, args=(path,))
+    process.start()
+    group = SharedSums(0, 2, exchange_over(dist.FileStore(path, 2), 0, 2))
+    group.all_reduce(torch.ones(3), 60.0)
+    began = time.monotonic()
+    with pytest.raises(MemberLost, match="shard 1 has ended"):
+        group.all_reduce(torch.ones(3), 60.0)
+    assert time.monotonic() - began < 10
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_memory_that_cannot_be_mapped_is_an_error_for_all() -> None:
+    store = dist.HashStore()
+    results: list[object] = [None, None]
+
+    def member(rank: int) -> None:
+        meet = exchange_over(store, rank, 2)
+
+        def spoiled(text: str) -> list[str]:
+            found = meet(text)
+            return [one.replace("/fd/", "/no/") if rank == 1 else one for one in found]
+
+        try:
+            SharedSums(rank, 2, spoiled)
+        except OSError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("shard 1 cannot map the memory of shard 0" in str(one) for one in results), results
+
+
+def test_files_are_closed_with_the_group() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert among(2, lambda group, rank: group.close()) == [None, None]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
