@@ -13,7 +13,6 @@ Either way it comes before anything that the step computed is used.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from workers.transport.groups import abort, limit, make_group
-from workers.transport.shared_memory import SharedSums, supports_shared_memory
+from workers.transport.shared_memory import SharedSums, exchange_over, supports_shared_memory
 
 _log = logging.getLogger(__name__)
 
@@ -135,17 +134,10 @@ class GroupCollectives(Collectives):
 
     def _share(self, store: dist.Store) -> SharedSums | None:
         """Return sums through shared memory, or None where members have none: then gloo sums."""
-        rounds = itertools.count()
-
-        def exchange(text: str) -> list[str]:
-            number = next(rounds)
-            store.set(f"shared/{number}/{self.rank}", text)
-            return [store.get(f"shared/{number}/{rank}").decode() for rank in range(self.size)]
-
         if not supports_shared_memory():
             return None
         try:
-            return SharedSums(self.rank, self.size, exchange)
+            return SharedSums(self.rank, self.size, exchange_over(store, self.rank, self.size))
         except OSError as error:
             _log.warning("sums over shards go through TCP, which is slow: %s", error)
             return None

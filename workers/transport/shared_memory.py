@@ -12,6 +12,7 @@ seen before a later one is a promise of x86 alone, so other processors stay with
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import platform
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
+import torch.distributed as dist
 
 _HEADER = mmap.PAGESIZE
 _SLOT = 1 << 20  # bytes of a piece: slots stay in a core's cache
@@ -35,6 +37,18 @@ class MemberLost(RuntimeError):
 def supports_shared_memory() -> bool:
     """Return whether this system has memory files, and a processor that keeps the order of stores."""
     return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
+
+
+def exchange_over(store: dist.Store, rank: int, size: int) -> Callable[[str], list[str]]:
+    """Return a function that gives a text to every member of a meeting and returns those of all, by rank."""
+    rounds = itertools.count()
+
+    def exchange(text: str) -> list[str]:
+        number = next(rounds)
+        store.set(f"shared/{number}/{rank}", text)
+        return [store.get(f"shared/{number}/{other}").decode() for other in range(size)]
+
+    return exchange
 
 
 class _Member:
@@ -83,19 +97,22 @@ class SharedSums:
         Raises:
             OSError: the memory of a member cannot be had; every member gets it then.
         """
-        self._own = _Member.create()
         self._members: list[_Member] = []
         self._piece = 0
-        problem = ""
-        for other, path in enumerate(exchange(f"/proc/{os.getpid()}/fd/{self._own.descriptor}")):
-            try:
-                self._members.append(self._own if other == rank else _Member.open(path))
-            except OSError as error:
-                problem = f"shard {rank} cannot map the memory of shard {other}: {error}"
-                break
+        path = problem = ""
+        try:
+            self._own = _Member.create()
+            path = f"/proc/{os.getpid()}/fd/{self._own.descriptor}"
+        except OSError as error:
+            problem = f"shard {rank} gets no memory file: {error}"
+        paths = exchange(path)
+        try:
+            if all(paths):
+                self._members = [self._own if at == rank else _Member.open(one) for at, one in enumerate(paths)]
+        except OSError as error:
+            problem = f"shard {rank} cannot map the memory of another: {error}"
         problems = [each for each in exchange(problem) if each]
         if problems:
-            self.close()
             raise OSError(problems[0])
         assert len(self._members) == size
 

@@ -1,6 +1,5 @@
 """Reductions among the shards of a stage: gloo groups of threads in one process."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.members import run_members
 from workers.transport import collectives
 from workers.transport.collectives import Collectives, GroupLost, join_group
 
@@ -18,24 +18,15 @@ CPU = torch.device("cpu")
 def in_group(size: int, work: Callable[[Collectives], object], timeout_s: float = 20.0) -> list[object]:
     """Run `work` on every member; a member's exception takes the place of its result."""
     store = dist.HashStore()
-    results: list[object] = [None] * size
 
-    def member(rank: int) -> None:
-        try:
-            group = join_group(store, rank, size, CPU, timeout_s)
-            results[rank] = work(group)
-            group.close()
-            group.close()
-        except Exception as error:  # noqa: BLE001 - judged by the test
-            results[rank] = error
+    def member(rank: int) -> object:
+        group = join_group(store, rank, size, CPU, timeout_s)
+        result = work(group)
+        group.close()
+        group.close()
+        return result
 
-    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a member hangs"
-    return results
+    return run_members(size, member)
 
 
 def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

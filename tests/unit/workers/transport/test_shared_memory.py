@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 
@@ -13,40 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from workers.transport.shared_memory import MemberLost, SharedSums, supports_shared_memory
+from tests.support.members import run_members
+from workers.transport import shared_memory
+from workers.transport.shared_memory import MemberLost, SharedSums, exchange_over, supports_shared_memory
 
 pytestmark = pytest.mark.skipif(not supports_shared_memory(), reason="no memory files, or stores are not ordered")
 SLOT = 1 << 20
 
 
-def exchange_over(store: dist.Store, rank: int, size: int) -> Callable[[str], list[str]]:
-    rounds = iter(range(10))
-
-    def exchange(text: str) -> list[str]:
-        number = next(rounds)
-        store.set(f"{number}/{rank}", text)
-        return [store.get(f"{number}/{other}").decode() for other in range(size)]
-
-    return exchange
-
-
 def among(size: int, work: Callable[[SharedSums, int], object]) -> list[object]:
-    """Run `work` on every member, a thread each; an exception takes the place of its result."""
-    store, results = dist.HashStore(), [None] * size
-
-    def member(rank: int) -> None:
-        try:
-            results[rank] = work(SharedSums(rank, size, exchange_over(store, rank, size)), rank)  # type: ignore[call-overload]
-        except Exception as error:  # noqa: BLE001 - judged by the test
-            results[rank] = error  # type: ignore[call-overload]
-
-    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a member hangs"
-    return list(results)
+    """Run `work` on every member."""
+    store = dist.HashStore()
+    return run_members(size, lambda rank: work(SharedSums(rank, size, exchange_over(store, rank, size)), rank))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -132,26 +109,22 @@ def test_a_killed_process_is_an_error_at_once(tmp_path: object) -> None:
 
 def test_memory_that_cannot_be_mapped_is_an_error_for_all() -> None:
     store = dist.HashStore()
-    results: list[object] = [None, None]
 
-    def member(rank: int) -> None:
+    def member(rank: int) -> SharedSums:
         meet = exchange_over(store, rank, 2)
+        return SharedSums(rank, 2, lambda text: [one.replace("/fd/", f"/fd{rank or ''}/") for one in meet(text)])
 
-        def spoiled(text: str) -> list[str]:
-            found = meet(text)
-            return [one.replace("/fd/", "/no/") if rank == 1 else one for one in found]
+    results = run_members(2, member)
+    assert all("shard 1 cannot map the memory of another" in str(one) for one in results), results
 
-        try:
-            SharedSums(rank, 2, spoiled)
-        except OSError as error:
-            results[rank] = str(error)
 
-    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all("shard 1 cannot map the memory of shard 0" in str(one) for one in results), results
+def test_a_member_without_a_memory_file_is_an_error_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*args: object) -> int:
+        raise OSError("no files left")
+
+    monkeypatch.setattr(shared_memory.os, "memfd_create", create)
+    results = among(2, lambda group, rank: None)
+    assert all("shard 0 gets no memory file: no files left" in str(one) for one in results), results
 
 
 def test_files_are_closed_with_the_group() -> None:
