@@ -116,6 +116,7 @@ class SharedSums:
             raise OSError(problems[0])
         assert len(self._members) == size
 
+    @torch.inference_mode()  # the tensor may come from it, and the caller's thread be outside of it
     def all_reduce(self, tensor: torch.Tensor, timeout_s: float) -> None:
         """Replace a contiguous tensor in host memory by the sum over the members.
 

@@ -53,6 +53,25 @@ def test_sums_of_many_sizes_in_a_row(size: int, dtype: torch.dtype) -> None:
             assert torch.equal(sums[at], expected)
 
 
+@pytest.mark.parametrize("group_made", [False, True], ids=["group outside", "group inside"])
+def test_tensors_of_inference_mode_are_summed_by_threads_outside_of_it(group_made: bool) -> None:
+    """As gloo does it; and the other way round."""
+    store = dist.HashStore()
+
+    def work(rank: int) -> list[float]:
+        with torch.inference_mode(group_made):
+            group = SharedSums(rank, 2, exchange_over(store, rank, 2))
+        with torch.inference_mode():
+            inside = torch.full((5,), rank + 1.0)
+        outside = torch.full((5,), rank + 2.0)
+        group.all_reduce(inside, 20.0)
+        with torch.inference_mode():
+            group.all_reduce(outside, 20.0)
+        return inside.tolist() + outside.tolist()
+
+    assert run_members(2, work) == [[3.0] * 5 + [5.0] * 5] * 2
+
+
 def test_a_member_that_leaves_is_an_error_at_once_but_not_before_its_last_sum() -> None:
     def work(group: SharedSums, rank: int) -> float:
         if rank == 1:
