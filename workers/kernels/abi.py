@@ -152,8 +152,8 @@ class Layer(ctypes.Structure):
     _fields_ = _fields(
         "void* input_norm qkv_bias o_bias post_norm",
         "Weights qkv[3] o router gate_up down",
-        "void* head_norm keys values",
-        "int64 kv_head heads kv_heads dim hidden_size all_experts first experts top_k width",
+        "void* head_norm keys values key_scales value_scales",
+        "int64 kv_head scale_head heads kv_heads dim hidden_size all_experts first experts top_k width",
         "float eps",
         "int32 normalise",
     )

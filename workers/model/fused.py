@@ -1,8 +1,8 @@
 """All layers of a shard for a few rows in one call of the compiled kernels: a decode step.
 
 The fallback is `Decoder`, which calls the same operations one by one and is equal bit for bit. It is used for long
-steps, sparse cells, biased MLPs and those whose gate and up differ in type, int8 KV, other types and devices, and on
-machines without a compiler.
+steps, sparse cells, biased MLPs and those whose gate and up differ in type, other types and devices, and on machines
+without a compiler.
 
 Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts per token.
 """
@@ -78,7 +78,7 @@ class FusedLayers:
     @staticmethod
     def supports_step(batch: Batch, kv: PagedKV) -> bool:
         """Return whether the rows of a batch can be computed in one call."""
-        few = len(batch.positions) <= MAX_ROWS and kv.layer(0).keys.dtype == torch.bfloat16
+        few = len(batch.positions) <= MAX_ROWS and kv.layer(0).keys.dtype in (torch.bfloat16, torch.int8)
         return few and not any(piece.sparse for piece in batch.pieces)
 
     def prepare(self, batch: Batch, kv: PagedKV, rotations: Rotations) -> FusedCall:
@@ -185,6 +185,9 @@ class FusedLayers:
             layer.keys, layer.values, layer.kv_head = (
                 cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0)
             )  # fmt: skip
+            scales = cache.key_scales, cache.value_scales
+            layer.key_scales, layer.value_scales = (None if one is None else one.data_ptr() for one in scales)
+            layer.scale_head = 0 if scales[0] is None else scales[0].stride(0)
         self._kv = kv
 
 

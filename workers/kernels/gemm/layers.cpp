@@ -6,6 +6,8 @@
 #include "gemm/layers.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 
 namespace longreach::gemm {
@@ -60,16 +62,41 @@ void rotate(const Step& step, const Layer& layer) {
     }
 }
 
+// A row as codes; returns its scale. Equal to `quantise` in workers/kv/paged.py, also where a value is not finite: then
+// the scale is not either.
+float quantise(std::int8_t* codes, const bf16* row, long dim) {
+    float largest = 0.0f;
+    for (long i = 0; i < dim; ++i) {
+        const float size = std::fabs(widen(row[i]));
+        largest = size > largest || std::isnan(size) ? size : largest;
+    }
+    const float scale = largest / 127.0f, step = std::max(scale, FLT_MIN);
+    for (long i = 0; i < dim; ++i) {
+        const float code = std::nearbyint(widen(row[i]) / step);
+        codes[i] = std::isfinite(code) ? std::int8_t(code) : std::int8_t(0);
+    }
+    return scale;
+}
+
+// Key or value heads [K, D] of a row to a slot of the cache.
+void write_heads(const Layer& layer, void* cache, float* scales, const bf16* heads, long slot) {
+    const long dim = layer.dim;
+    for (long h = 0; h < layer.kv_heads; ++h, heads += dim) {
+        const long at = h * layer.kv_head + slot * dim;
+        if (scales != nullptr) {
+            scales[h * layer.scale_head + slot] = quantise(static_cast<std::int8_t*>(cache) + at, heads, dim);
+        } else {
+            std::memcpy(static_cast<bf16*>(cache) + at, heads, dim * sizeof(bf16));
+        }
+    }
+}
+
 void write(const Step& step, const Layer& layer) {
     const long dim = layer.dim, row = (layer.heads + 2 * layer.kv_heads) * dim;
-    const std::size_t bytes = dim * sizeof(bf16);
     for (long t = 0; t < step.tokens; ++t) {
         const bf16* keys = step.qkv + t * row + layer.heads * dim;
-        for (long h = 0; h < layer.kv_heads; ++h) {
-            const long at = h * layer.kv_head + step.slots[t] * dim;
-            std::memcpy(layer.keys + at, keys + h * dim, bytes);
-            std::memcpy(layer.values + at, keys + (layer.kv_heads + h) * dim, bytes);
-        }
+        write_heads(layer, layer.keys, layer.key_scales, keys, step.slots[t]);
+        write_heads(layer, layer.values, layer.value_scales, keys + layer.kv_heads * dim, step.slots[t]);
     }
 }
 
@@ -90,6 +117,9 @@ int attend(const Step& step, const Layer& layer) {
         args.keys = layer.keys;
         args.values = layer.values;
         args.key_head = args.value_head = layer.kv_head;
+        args.key_scales = layer.key_scales;
+        args.value_scales = layer.value_scales;
+        args.key_scale_head = args.value_scale_head = layer.scale_head;
         if (const int status = attention::longreach_attend(&args)) return status;
     }
     return 0;

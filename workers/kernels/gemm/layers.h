@@ -14,8 +14,9 @@ struct Layer {
     Weights qkv[3];  // of queries, keys and values; where the others are null, the first has all
     Weights o, router, gate_up, down;
     const float* head_norm;  // [H + K, D], or null
-    bf16 *keys, *values;     // of the cache: [K, slots, D], heads `kv_head` values apart
-    std::int64_t kv_head, heads, kv_heads, dim, hidden_size;
+    void *keys, *values;     // of the cache: [K, slots, D] bf16 or int8, heads `kv_head` values apart
+    float *key_scales, *value_scales;  // [K, slots] of int8, heads `scale_head` apart; else null
+    std::int64_t kv_head, scale_head, heads, kv_heads, dim, hidden_size;
     std::int64_t all_experts, first, experts, top_k, width;
     float eps;
     std::int32_t normalise;

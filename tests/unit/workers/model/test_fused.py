@@ -75,19 +75,24 @@ def weights_of(spec: ModelSpec, shard: ShardSpec) -> ShardWeights:
 
 def runners(
     spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None,
-    weights: ShardWeights | None = None,
+    weights: ShardWeights | None = None, cache: torch.dtype = BF16,
 ) -> tuple[ModelRunner, ModelRunner]:  # fmt: skip
     """One that fuses, and one that does not."""
     shard = shard or whole_model(spec)
     weights = weights or weights_of(spec, shard)
     made = []
     for _ in range(2):
-        kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, PAGES, PAGE, BF16)
-        kv._data.zero_()
+        kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, PAGES, PAGE, cache)
+        for tensor in stored(kv):
+            tensor.zero_()
         made.append(ModelRunner(spec, shard, weights, kv, collectives or Collectives(), CPU))
     assert made[0].decoder._fused is not None
     made[1].decoder._fused = None
     return made[0], made[1]
+
+
+def stored(kv: PagedKV) -> list[torch.Tensor]:
+    return [kv._data] if kv._scales is None else [kv._data, kv._scales]
 
 
 class Sequences:
@@ -128,17 +133,18 @@ def equal(got: StepOutput, wanted: StepOutput) -> None:
     assert got.samples == wanted.samples
 
 
+@pytest.mark.parametrize("cache", [BF16, torch.int8], ids=["bf16 KV", "int8 KV"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_steps_are_equal_bit_for_bit(spec: ModelSpec) -> None:
+def test_steps_are_equal_bit_for_bit(spec: ModelSpec, cache: torch.dtype) -> None:
     """Prompts in several chunks, then decode steps of one and of three sequences, across chunks of dual attention."""
-    ours, plain = runners(spec)
+    ours, plain = runners(spec, cache=cache)
     plans = Sequences(3)
     steps = [plans.step(17), plans.step(67, 3), plans.step(0, 45, 64), plans.step(1)]
     steps += [plans.step(1, 1, 1) for _ in range(60)]
     steps += [plans.step(0, 1), plans.step(2, 0, 1)]
     for plan in steps:
         equal(ours.execute(plan, keep_logits=True), plain.execute(plan, keep_logits=True))
-        assert torch.equal(ours._kv._data, plain._kv._data)
+        assert all(map(torch.equal, stored(ours._kv), stored(plain._kv)))
     assert ours.decoder._fused is not None
     assert ours.decoder._fused.layers_done >= 2 * 63
     assert ours.decoder.layers_done == plain.decoder.layers_done == 2 * len(steps)
@@ -254,7 +260,24 @@ def test_other_types_and_long_steps_are_not_supported() -> None:
         ours._tables.apply(plan := plans.step(rows))
         batch = ours._tables.batch(plan, SPEC, CPU)
         assert layers.supports_step(batch, ours._kv) is taken
-        assert not layers.supports_step(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
+        assert not layers.supports_step(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.float32))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, float("inf"), float("nan")])
+def test_int8_keys_and_values_of_zeros_and_of_numbers_that_are_not_finite(value: float) -> None:
+    """A row of zeros stays one, and one that is not finite keeps a scale that says so, as `quantise` has it."""
+    weights = weights_of(SPEC, whole_model(SPEC))
+    ours, plain = runners(SPEC, weights=weights, cache=torch.int8)
+    x = torch.full((1, SPEC.hidden_size), value, dtype=BF16)
+    plans = Sequences(1)
+    for runner, plan in ((ours, step := plans.step(1)), (plain, step)):
+        runner._tables.apply(plan)
+        layers(runner, x, runner._tables.batch(plan, SPEC, CPU))
+    codes, scales = zip(*map(stored, (ours._kv, plain._kv)), strict=True)
+    torch.testing.assert_close(scales[0], scales[1], rtol=0, atol=0, equal_nan=True)
+    finite = scales[0].isfinite()
+    assert torch.equal(codes[0][finite], codes[1][finite])
+    assert finite.all() == (value in (0.0, 1e-40))
 
 
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
