@@ -16,7 +16,7 @@ import torch
 from workers.attention.plan import AttentionPlan, Queries
 from workers.kernels import abi
 from workers.kernels.abi import AttentionArgs, Path
-from workers.kernels.build import load
+from workers.kernels.build import best_path, load
 from workers.kv.paged import LayerKV, PageTable
 
 
@@ -33,14 +33,14 @@ def supports(q: torch.Tensor, kv: LayerKV) -> bool:
 
 def attend(
     q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, *,
-    visited: torch.Tensor | None = None, path: Path = Path.AMX,
+    visited: torch.Tensor | None = None, path: Path | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute attention of the rows of one plan; the contract is that of `attend.attend`.
 
     Args:
         scales: `[T]` float32, above 0.
         visited: `[H]` int64, filled with the number of pairs that every head visits.
-        path: the best instruction set to use; a lower one is used where CPU or types need it.
+        path: the best instruction set to use (default: that of `best_path`); a lower one where CPU or types need it.
 
     Raises:
         ValueError: shapes, types or strides do not fit each other, or the plan leaves the page table.
@@ -80,7 +80,7 @@ def attend(
 
 def fill_args(
     args: AttentionArgs, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, heads: int,
-    kv_heads: int, dim: int, dtype: torch.dtype, path: Path = Path.AMX,
+    kv_heads: int, dim: int, dtype: torch.dtype, path: Path | None = None,
 ) -> None:  # fmt: skip
     """Set the arguments that do not depend on the layer: the plan, its pages and scales, sizes and types."""
     args.pages, args.num_pages = table.page_slots.buffer_info()
@@ -88,7 +88,7 @@ def fill_args(
     args.heads, args.kv_heads, args.dim = heads, kv_heads, dim
     args.start, args.length, args.distance, args.tile = plan.start, plan.length, plan.distance, plan.tile
     args.q_type, args.kv_type = abi.TYPES[dtype], abi.TYPES[kv.keys.dtype]
-    args.threads, args.path = torch.get_num_threads(), path
+    args.threads, args.path = torch.get_num_threads(), best_path() if path is None else path
 
 
 def _fill_selections(args: AttentionArgs, plan: AttentionPlan) -> list[object]:

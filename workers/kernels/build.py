@@ -4,8 +4,9 @@ The sources have a plain C interface and include no header of torch, so that an 
 share torch's OpenMP threads: both link `libgomp.so.1`, which a process loads once. Without a compiler, or where the
 library cannot be loaded, `load` gives the reason and the PyTorch implementations are used.
 
-Environment: `LONGREACH_KERNELS=off` selects the PyTorch implementations; `CXX` names the compiler; `XDG_CACHE_HOME` is
-where the library is cached.
+Environment: `LONGREACH_KERNELS=off` selects the PyTorch implementations, and the name of an instruction set (`avx2`,
+`avx512`, `avx512_bf16`, `amx`) the best one to use, so that different CPUs compute the same bits; `CXX` names the
+compiler; `XDG_CACHE_HOME` is where the library is cached.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def load() -> Kernels:
 
     Raises:
         RuntimeError: the library and `abi` do not agree.
+        ValueError: `LONGREACH_KERNELS` names no instruction set.
     """
-    if os.environ.get("LONGREACH_KERNELS", "").lower() in ("off", "0", "false"):
+    if _limit() is None:
         return Kernels(None, "LONGREACH_KERNELS is off")
     try:
         library = ctypes.CDLL(str(library_path(build=True)))
@@ -65,8 +67,24 @@ def exported(name: str) -> Any:
 
 @functools.cache
 def best_path() -> abi.Path | None:
-    """Return the best instruction set of this CPU; None where the library is not built."""
-    return None if load().library is None else abi.Path(exported("longreach_best_path")())
+    """Return the best instruction set of this CPU that may be used; None where the library is not built."""
+    limit = _limit()
+    if limit is None or load().library is None:
+        return None
+    return min(abi.Path(exported("longreach_best_path")()), limit)
+
+
+def _limit() -> abi.Path | None:
+    """Return the best instruction set that the environment allows; None for none."""
+    name = os.environ.get("LONGREACH_KERNELS", "").lower()
+    if name in ("off", "0", "false"):
+        return None
+    paths = {path.name.lower(): path for path in abi.Path}
+    if name in ("", "on", "1", "true"):
+        return max(abi.Path)
+    if name not in paths:
+        raise ValueError(f"LONGREACH_KERNELS: {name!r}: must be off, or one of {', '.join(paths)}")
+    return paths[name]
 
 
 def kernel_family(device: torch.device) -> str:

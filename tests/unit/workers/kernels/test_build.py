@@ -20,6 +20,20 @@ def test_kernels_build_where_there_is_a_compiler():
     assert found.reason == ""
 
 
+def test_the_environment_limits_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what another CPU has too; a better one than this CPU has changes nothing."""
+    monkeypatch.delenv("LONGREACH_KERNELS", raising=False)
+    own = build.best_path.__wrapped__()
+    for limit in InstructionSet:
+        monkeypatch.setenv("LONGREACH_KERNELS", limit.name.lower())
+        assert build.best_path.__wrapped__() == (None if own is None else min(own, limit))
+    monkeypatch.setenv("LONGREACH_KERNELS", "off")
+    assert build.best_path.__wrapped__() is None
+    monkeypatch.setenv("LONGREACH_KERNELS", "sse2")
+    with pytest.raises(ValueError, match="LONGREACH_KERNELS: 'sse2': must be off, or one of portable, avx2, avx512"):
+        build.best_path.__wrapped__()
+
+
 def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler is a script that takes its time, and writes down that it was called."""
     script = tmp_path / "compiler"
