@@ -13,6 +13,7 @@ namespace longreach {
 
 // The best instruction set of this CPU: a `Path`.
 EXPORT int longreach_best_path() { return best_path(); }
+EXPORT int longreach_fastest_path() { return fastest_path(); }
 
 // Writes at most `room` numbers, in the order of `_STRUCTURES` and then of `_LIMITS` in workers/kernels/abi.py; returns
 // how many there are.

@@ -185,6 +185,7 @@ _STRUCTURES = (
 # name: (result, *parameters); arrays are passed by address
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "longreach_best_path": (c_int,),
+    "longreach_fastest_path": (c_int,),
     "longreach_attend": (c_int, POINTER(AttentionArgs)),
     "longreach_estimate_sums": (c_int, POINTER(EstimateArgs), c_void_p, c_void_p, c_void_p),
     "longreach_estimate_kept": (c_int, POINTER(EstimateArgs), POINTER(EstimateSelection), c_void_p),

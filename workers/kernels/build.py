@@ -21,7 +21,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -67,21 +67,31 @@ def exported(name: str) -> Any:
 
 @functools.cache
 def best_path() -> abi.Path | None:
-    """Return the best instruction set of this CPU that may be used; None where the library is not built."""
+    """Return the instruction set to use: the fastest one of this CPU, or the best one within the limit.
+
+    None where the library is not built.
+    """
     limit = _limit()
     if limit is None or load().library is None:
         return None
-    return min(abi.Path(exported("longreach_best_path")()), limit)
+    if limit == "":
+        return abi.Path(exported("longreach_fastest_path")())
+    return min(paths()[-1], limit)
 
 
-def _limit() -> abi.Path | None:
-    """Return the best instruction set that the environment allows; None for none."""
+def paths() -> list[abi.Path]:
+    """Return the instruction sets that this CPU has, the best one last; none where the library is not built."""
+    return [] if load().library is None else list(abi.Path)[: exported("longreach_best_path")() + 1]
+
+
+def _limit() -> abi.Path | Literal[""] | None:
+    """Return the best instruction set that the environment allows: None for none, "" where it says nothing."""
     name = os.environ.get("LONGREACH_KERNELS", "").lower()
     if name in ("off", "0", "false"):
         return None
     paths = {path.name.lower(): path for path in abi.Path}
     if name in ("", "on", "1", "true"):
-        return max(abi.Path)
+        return ""
     if name not in paths:
         raise ValueError(f"LONGREACH_KERNELS: {name!r}: must be off, or one of {', '.join(paths)}")
     return paths[name]

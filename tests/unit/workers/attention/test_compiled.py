@@ -14,7 +14,7 @@ from workers.attention import compiled
 from workers.attention.plan import AttentionPlan, Queries, Selection
 from workers.bench.cases.attention import attend_reference, tile_pairs
 from workers.kernels.abi import Path
-from workers.kernels.build import best_path, compiler
+from workers.kernels.build import compiler, paths
 from workers.kv.paged import LayerKV, PageTable, quantise
 
 CHUNK = 256  # L, tokens between the starts of two DCA chunks
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 @functools.cache
 def _paths() -> list[Path]:
-    best = best_path()
-    return [path for path in Path if best is None or path <= best]  # not built: every call fails
+    return paths() or list(Path)  # not built: every call fails
 
 
 @dataclass(frozen=True)

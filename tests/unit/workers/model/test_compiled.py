@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from protos.stage.messages import Span
 from tests.support.data import packing
 from workers.kernels.abi import Path
-from workers.kernels.build import load
+from workers.kernels.build import load, paths
 from workers.model import compiled, moe, rope
 from workers.model.layers import inverse_rms, linear, rms_norm
 from workers.model.moe import route, run_experts
@@ -20,7 +20,7 @@ BEST = compiled.path()
 pytestmark = pytest.mark.skipif(BEST is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}")
 
 
-@pytest.fixture(autouse=True, params=list(Path)[: (BEST or 0) + 1], ids=lambda path: path.name.lower())
+@pytest.fixture(autouse=True, params=paths() or [Path.PORTABLE], ids=lambda path: path.name.lower())
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "path", lambda: request.param)
 

@@ -10,7 +10,7 @@ from protos.stage.messages import Span
 from tests.support.data.packing import random_weight
 from tests.unit.workers.model.test_compiled import error, exact_experts, random
 from workers.kernels.abi import Path
-from workers.kernels.build import load
+from workers.kernels.build import load, paths
 from workers.model import compiled
 from workers.model.layers import linear
 from workers.model.moe import route, run_experts
@@ -40,7 +40,7 @@ LAYOUTS = [
 pytestmark = pytest.mark.skipif(BEST is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}")
 
 
-@pytest.fixture(autouse=True, params=list(Path)[: (BEST or 0) + 1], ids=lambda path: path.name.lower())
+@pytest.fixture(autouse=True, params=paths() or [Path.PORTABLE], ids=lambda path: path.name.lower())
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "path", lambda: request.param)
 

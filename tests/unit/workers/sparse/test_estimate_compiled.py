@@ -38,8 +38,8 @@ SHAPES = {
 def paths(shape: Shape) -> list[Path]:
     """The paths of this CPU that take the types and head dim of a shape."""
     is_bf16 = shape.dtype == torch.bfloat16 and shape.cache != torch.float32 and shape.dim % 32 == 0
-    best = build.best_path()
-    return [path for path in Path if best is None or (path <= best and (path <= Path.AVX512 or is_bf16))]
+    found = build.paths()
+    return [path for path in found if path <= Path.AVX512 or is_bf16] if found else list(Path)
 
 
 def some_selections(stop: int, heads: int, seed: int = 0) -> list[Selection]:
