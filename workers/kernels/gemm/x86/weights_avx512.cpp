@@ -19,6 +19,7 @@ LR_AVX512 inline __m512 high(__m512i pairs) {
 struct Tables {
     __m512i words;  // of 4 bits: code - 8, twice; of 8: the odd words of two vectors
     __m512i small;  // of floating point: the values below 2^-6, twice and again
+    __m512 floats;  // of 4 bits: code - 8
 };
 
 alignas(kLine) constexpr bf16 kInt4Words[32] = {  // -8 to 7, twice
@@ -26,6 +27,7 @@ alignas(kLine) constexpr bf16 kInt4Words[32] = {  // -8 to 7, twice
                                                 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                                                 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
                                                 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+alignas(kLine) constexpr float kInt4Floats[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 alignas(kLine) constexpr bf16 kOddWords[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
 alignas(kLine) constexpr bf16 kSmallWords[32] = {  // 0 to 7 times 2^-9, four times
@@ -35,7 +37,8 @@ alignas(kLine) constexpr bf16 kSmallWords[32] = {  // 0 to 7 times 2^-9, four ti
                                                  0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
 
 template <int kind> LR_AVX512 inline Tables tables() {
-    return {_mm512_load_si512(kind == kInt4 ? kInt4Words : kOddWords), _mm512_load_si512(kSmallWords)};
+    return {_mm512_load_si512(kind == kInt4 ? kInt4Words : kOddWords), _mm512_load_si512(kSmallWords),
+            _mm512_load_ps(kInt4Floats)};
 }
 
 LR_AVX512 inline __m256i half_line(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
@@ -240,10 +243,121 @@ template <bool Pairs> PAIRS void few_rows(float* c, const bf16* a, const FewRows
     o.weights.kind == kInt8 ? by_rows<Pairs, kInt8>(c, a, o, ahead) : by_rows<Pairs, kFloat8>(c, a, o, ahead);
 }
 
+// ---- a few rows, in the order in which AMX sums
+
+// Values of a slice of a few rows in float32: [row][even, odd][line].
+struct alignas(kLine) Wide {
+    float at[kFewRows][2][kSlice * kStrip];
+};
+
+LR_AVX512 inline void widen_rows(Wide& out, const bf16* a, long tiles, int rows) {
+    for (int r = 0; r < rows; ++r) {
+        for (long tile = 0; tile < tiles; ++tile) {
+            const __m512i pairs = _mm512_loadu_si512(a + tile * kTile + r * kDepth);
+            _mm512_store_ps(out.at[r][0] + tile * kStrip, low(pairs));
+            _mm512_store_ps(out.at[r][1] + tile * kStrip, high(pairs));
+        }
+    }
+}
+
+// Two lines of codes in float32: the even inputs of the first, its odd ones, then those of the second.
+template <int kind> LR_AVX512 inline void two_wide_lines(const char* at, const Tables& tables, __m512* out) {
+    if (kind == kInt4) {
+        const __m512i both = _mm512_cvtepu8_epi16(half_line(at));  // of an index the low four bits count
+        out[0] = _mm512_permutexvar_ps(both, tables.floats);
+        out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 16), tables.floats);
+        out[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), tables.floats);
+        out[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 20), tables.floats);
+    } else {
+        __m512i a, b;
+        two_lines<kind>(at, tables, a, b);
+        out[0] = low(a), out[1] = high(a), out[2] = low(b), out[3] = high(b);
+    }
+}
+
+// As a product of tiles is defined: even and odd inputs of a tile are summed apart, one after the other, and both sums
+// added to what came before. So a row has the same bits here and in `amx_tiles`.
+template <int kind, int Rows, int Strips>
+LR_AVX512 void tile_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    const Tables table = tables<kind>();
+    const Weights& from = o.weights;
+    const long k_tiles = o.tiles.k_tiles, groups = from.groups(k_tiles * kDepth), strip = from.bytes(k_tiles * kTile);
+    const char* at = tiles_at(from, o.tiles);
+    const long step = ahead.lines > 0 ? long(kLine) : 0;  // a line for every line of codes, one by one
+    if (step == 0) ahead.at = at;
+    __m512 total[Rows][Strips], sum[Rows][Strips], part_sum[Rows][Strips][2];
+    UNROLL for (int r = 0; r < Rows; ++r) { UNROLL for (int s = 0; s < Strips; ++s) total[r][s] = _mm512_setzero_ps(); }
+    const long parts = parts_of_tile(from), lines = kStrip / parts;
+    Wide wide;
+    for (long k = 0, slice, left = 0, next = 0; k < k_tiles; k += slice, left -= slice, a += slice * kTile) {
+        const bool starts = left == 0;  // a group
+        if (starts) left = std::min(tiles_of_group(from), k_tiles - k), next += parts;
+        slice = std::min(kSlice, left);
+        widen_rows(wide, a, slice, Rows);
+        for (long part = 0; part < parts; ++part) {
+            const long group = next - parts + part;
+            UNROLL for (int r = 0; r < Rows; ++r) {
+                UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = _mm512_setzero_ps();
+            }
+            for (long tile = 0; tile < slice; ++tile) {
+                UNROLL for (int r = 0; r < Rows; ++r) {
+                    UNROLL for (int s = 0; s < Strips; ++s) part_sum[r][s][0] = part_sum[r][s][1] = _mm512_setzero_ps();
+                }
+                const long first = tile * kStrip + part * lines;
+                for (long line = first; line < first + lines; line += 2, at += kind == kInt4 ? 32 : 64) {
+                    for (int i = 0; i < (kind == kInt4 ? 1 : 2); ++i, ahead.at += step) {
+                        __builtin_prefetch(ahead.at, 0, 2);
+                    }
+                    UNROLL for (int s = 0; s < Strips; ++s) {
+                        __m512 values[4];
+                        two_wide_lines<kind>(at + s * strip, table, values);
+                        UNROLL for (int r = 0; r < Rows; ++r) {
+                            UNROLL for (int i = 0; i < 4; ++i) {
+                                const __m512 input = _mm512_set1_ps(wide.at[r][i % 2][line + i / 2]);
+                                part_sum[r][s][i % 2] = _mm512_fmadd_ps(input, values[i], part_sum[r][s][i % 2]);
+                            }
+                        }
+                    }
+                }
+                UNROLL for (int r = 0; r < Rows; ++r) {
+                    UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] =
+                        _mm512_add_ps(sum[r][s], _mm512_add_ps(part_sum[r][s][0], part_sum[r][s][1]));
+                }
+            }
+            UNROLL for (int s = 0; s < Strips; ++s) {
+                const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
+                const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
+                const float* sums = o.sums && starts ? o.sums + group * o.rows : nullptr;
+                UNROLL for (int r = 0; r < Rows; ++r) {
+                    const __m512 moved_sum = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
+                    total[r][s] = _mm512_fmadd_ps(scale, moved_sum, total[r][s]);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + r * kBlock + s * kStrip, total[r][s]);
+    }
+}
+
+template <int kind, int Rows> LR_AVX512 void tiles_by_strips(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    o.two ? tile_rows<kind, Rows, 2>(c, a, o, ahead) : tile_rows<kind, Rows, 1>(c, a, o, ahead);
+}
+
+template <int kind> LR_AVX512 void tiles_by_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.rows == 1) return tiles_by_strips<kind, 1>(c, a, o, ahead);
+    o.rows == 2 ? tiles_by_strips<kind, 2>(c, a, o, ahead) : tiles_by_strips<kind, 4>(c, a, o, ahead);
+}
+
+LR_AVX512 void few_rows_of_tiles(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.weights.kind == kInt4) return tiles_by_rows<kInt4>(c, a, o, ahead);
+    o.weights.kind == kInt8 ? tiles_by_rows<kInt8>(c, a, o, ahead) : tiles_by_rows<kFloat8>(c, a, o, ahead);
+}
+
 constexpr Decoder kDecoders[] = {
     {codes, weights<false>, scales, few_rows<false>},
     {codes, weights<true>, scales, few_rows<true>},
-    {codes, weights<true>, scales, nullptr},
+    {codes, weights<true>, scales, few_rows_of_tiles},
 };
 
 }  // namespace
