@@ -11,7 +11,7 @@
 
 namespace longreach {
 
-// The best instruction set of this CPU: a `Path`.
+// The best instruction set of this CPU, and the one that computes fastest: a `Path` each.
 EXPORT int longreach_best_path() { return best_path(); }
 EXPORT int longreach_fastest_path() { return fastest_path(); }
 

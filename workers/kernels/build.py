@@ -89,12 +89,12 @@ def _limit() -> abi.Path | Literal[""] | None:
     name = os.environ.get("LONGREACH_KERNELS", "").lower()
     if name in ("off", "0", "false"):
         return None
-    paths = {path.name.lower(): path for path in abi.Path}
     if name in ("", "on", "1", "true"):
         return ""
-    if name not in paths:
-        raise ValueError(f"LONGREACH_KERNELS: {name!r}: must be off, or one of {', '.join(paths)}")
-    return paths[name]
+    known = {path.name.lower(): path for path in abi.Path}
+    if name not in known:
+        raise ValueError(f"LONGREACH_KERNELS: {name!r}: must be off, or one of {', '.join(known)}")
+    return known[name]
 
 
 def kernel_family(device: torch.device) -> str:

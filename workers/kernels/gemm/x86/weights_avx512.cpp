@@ -229,20 +229,6 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
     }
 }
 
-template <bool Pairs, int kind, int Rows> PAIRS void by_strips(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    o.two ? rows_of<Pairs, kind, Rows, 2>(c, a, o, ahead) : rows_of<Pairs, kind, Rows, 1>(c, a, o, ahead);
-}
-
-template <bool Pairs, int kind> PAIRS void by_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    if (o.rows == 1) return by_strips<Pairs, kind, 1>(c, a, o, ahead);
-    o.rows == 2 ? by_strips<Pairs, kind, 2>(c, a, o, ahead) : by_strips<Pairs, kind, 4>(c, a, o, ahead);
-}
-
-template <bool Pairs> PAIRS void few_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    if (o.weights.kind == kInt4) return by_rows<Pairs, kInt4>(c, a, o, ahead);
-    o.weights.kind == kInt8 ? by_rows<Pairs, kInt8>(c, a, o, ahead) : by_rows<Pairs, kFloat8>(c, a, o, ahead);
-}
-
 // ---- a few rows, in the order in which AMX sums
 
 // Values of a slice of a few rows in float32: [row][even, odd][line].
@@ -340,24 +326,31 @@ LR_AVX512 void tile_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead)
     }
 }
 
-template <int kind, int Rows> LR_AVX512 void tiles_by_strips(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    o.two ? tile_rows<kind, Rows, 2>(c, a, o, ahead) : tile_rows<kind, Rows, 1>(c, a, o, ahead);
+enum class Sums { kSingles, kPairs, kTiles };  // how the path of the engine sums
+
+template <Sums sums, int kind, int Rows> PAIRS void by_strips(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if constexpr (sums == Sums::kTiles) {
+        o.two ? tile_rows<kind, Rows, 2>(c, a, o, ahead) : tile_rows<kind, Rows, 1>(c, a, o, ahead);
+    } else {
+        constexpr bool pairs = sums == Sums::kPairs;
+        o.two ? rows_of<pairs, kind, Rows, 2>(c, a, o, ahead) : rows_of<pairs, kind, Rows, 1>(c, a, o, ahead);
+    }
 }
 
-template <int kind> LR_AVX512 void tiles_by_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    if (o.rows == 1) return tiles_by_strips<kind, 1>(c, a, o, ahead);
-    o.rows == 2 ? tiles_by_strips<kind, 2>(c, a, o, ahead) : tiles_by_strips<kind, 4>(c, a, o, ahead);
+template <Sums sums, int kind> PAIRS void by_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.rows == 1) return by_strips<sums, kind, 1>(c, a, o, ahead);
+    o.rows == 2 ? by_strips<sums, kind, 2>(c, a, o, ahead) : by_strips<sums, kind, 4>(c, a, o, ahead);
 }
 
-LR_AVX512 void few_rows_of_tiles(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
-    if (o.weights.kind == kInt4) return tiles_by_rows<kInt4>(c, a, o, ahead);
-    o.weights.kind == kInt8 ? tiles_by_rows<kInt8>(c, a, o, ahead) : tiles_by_rows<kFloat8>(c, a, o, ahead);
+template <Sums sums> PAIRS void few_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.weights.kind == kInt4) return by_rows<sums, kInt4>(c, a, o, ahead);
+    o.weights.kind == kInt8 ? by_rows<sums, kInt8>(c, a, o, ahead) : by_rows<sums, kFloat8>(c, a, o, ahead);
 }
 
 constexpr Decoder kDecoders[] = {
-    {codes, weights<false>, scales, few_rows<false>},
-    {codes, weights<true>, scales, few_rows<true>},
-    {codes, weights<true>, scales, few_rows_of_tiles},
+    {codes, weights<false>, scales, few_rows<Sums::kSingles>},
+    {codes, weights<true>, scales, few_rows<Sums::kPairs>},
+    {codes, weights<true>, scales, few_rows<Sums::kTiles>},
 };
 
 }  // namespace
