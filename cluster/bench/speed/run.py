@@ -77,16 +77,27 @@ class Run:
         self, key: Mapping[str, Any], measure: Callable[[int], Values],
         after: Callable[[], Mapping[str, Any]] = dict,
     ) -> dict[str, Any]:  # fmt: skip
-        """Measure one row in repeats, and add it to the report.
+        """Measure one row in repeats, and add it to the report. A row of an earlier round gets them as further ones.
 
         Args:
             key: what the row is about.
-            measure: gives the figures of the repeat with this number.
+            measure: gives the figures of the repeat with this number, counted over all rounds.
             after: gives more for the row, once its repeats are done.
         """
         assert self.load is not None
-        runs = self.repeats.run(measure, self.load, lambda number: self._show(key, number))
-        return self.add({**key, **summarise(runs), **after()})
+        rows = self.report["rows"]
+        earlier = next((row for row in rows if key.items() <= row.items()), None)
+        runs = [] if earlier is None else list(earlier["runs"])
+        first = len(runs)
+        runs += self.repeats.run(
+            lambda number: measure(first + number), self.load, lambda number: self._show(key, first + number)
+        )
+        measured = {**key, **summarise(runs), **after()}
+        if earlier is None:
+            return self.add(measured)
+        earlier |= measured
+        self.write(self.report)
+        return earlier
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Add a row to the report and write it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from cluster.bench.speed.head import Layout, MeasuredHead
@@ -16,16 +17,20 @@ ONE = Layout(1, 1)
 
 
 def measure_scaling(run: Run) -> None:
-    """Add the rows that the settings ask for: strong, weak, throughput; then efficiencies, as far as they are known."""
+    """Add the rows that the settings ask for: strong, weak, throughput; then efficiencies, as far as they are known.
+
+    In every round the layouts are started and measured one after the other, so that a machine that becomes slower or
+    faster with the hours does so for all of them.
+    """
     layouts = [Layout(*pair) for pair in run.bench.settings.layouts]
     wanted = set(run.bench.settings.scaling)
     run.total = _count(run, layouts, wanted)
-    for mode in run.bench.settings.modes:
-        for layout in layouts:
-            if prompts := _prompts(run, layout, layouts, wanted):
-                _measure_prompts(run, mode, layout, prompts)
-            if "throughput" in wanted:
-                _measure_jobs(run, mode, layout)
+    rounds = range(run.bench.settings.rounds)
+    for mode, _, layout in product(run.bench.settings.modes, rounds, layouts):
+        if prompts := _prompts(run, layout, layouts, wanted):
+            _measure_prompts(run, mode, layout, prompts)
+        if "throughput" in wanted:
+            _measure_jobs(run, mode, layout)
     add_efficiencies(run.report["rows"])
 
 

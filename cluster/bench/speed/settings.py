@@ -64,6 +64,7 @@ class BenchSettings(Section):
     job_length: Annotated[Count, Field(ge=2)] = Field(default=4096, description=f"{COUNT_RULE}, at least 2")
     repeats: int = Field(default=3, ge=1, le=1000)
     retries: int = Field(default=2, ge=0, le=1000)
+    rounds: int = Field(default=1, ge=1, le=1000)  # of scaling: each starts every layout anew and measures the repeats
     warm_up: Count = Field(default=4096, description=COUNT_RULE)
     max_others: float = Field(default=0.05, ge=0, le=1)
     seed: int = Field(default=1, ge=0, le=1 << 31)

@@ -45,6 +45,20 @@ def test_every_row_is_written_and_the_end_is_marked():
     assert "dense, 2 x 1, 4K tokens, repeat 2: rows: 0 of 3" in shown.getvalue()
 
 
+def test_a_row_of_an_earlier_round_gets_further_repeats():
+    written: list[dict[str, Any]] = []
+    run, shown = run_of(lambda report: written.append(json.loads(json.dumps(report))))
+    one, two = ({"mode": "dense", "stages": stages, "shards": 1, "length": 4096} for stages in (1, 2))
+    for number in range(2):
+        for key in (one, two):
+            run.row(key, lambda number: {"first_token_s": 1.0 + number}, lambda number=number: {"round": number})
+    assert [(row["stages"], row["repeats"], row["round"]) for row in run.report["rows"]] == [(1, 4, 1), (2, 4, 1)]
+    assert [entry["first_token_s"] for entry in run.report["rows"][0]["runs"]] == [1.0, 2.0, 3.0, 4.0]
+    assert run.report["rows"][0]["figures"]["first_token_s"]["median"] == 2.5
+    assert len(written) == 4
+    assert "dense, 2 x 1, 4K tokens, repeat 4: rows: 2 of 3" in shown.getvalue()
+
+
 def test_no_two_prompts_begin_alike():
     run, _ = run_of()
     seeds = [run.seed(length, number) for length in (1, 2, 4096) for number in range(50)]
