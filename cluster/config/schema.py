@@ -121,6 +121,7 @@ class PrefillSection(Section):
 
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
+    dynamic_chunks: bool = True
     share_across_lengths: bool = False
     share_across_keys: bool = False
 

@@ -84,6 +84,11 @@ def layer_cost(spec: ModelSpec, layer: int) -> int:
     return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + spec.hidden_size * width
 
 
+def pair_cost(spec: ModelSpec) -> int:
+    """Return the work of one query-key pair of a layer, in the unit of `layer_cost`."""
+    return 2 * spec.num_attention_heads * spec.head_dim
+
+
 def balance(costs: Sequence[int], parts: int) -> list[Span]:
     """Return `costs` cut into `parts` contiguous, non-empty spans with the smallest possible largest sum.
 

@@ -94,7 +94,6 @@ class Engine:
             None if store is None else StoredKv(scheduler, store, self._note_start, self._note_loaded, self._fail)
         )
         self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
-        self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight = InFlightSteps([shard.shard for shard in self._shards], scheduler.is_sparse)
         self.has_worked = False  # a step is committed
@@ -207,17 +206,18 @@ class Engine:
             self._stored_kv.work()
 
     def _target_depth(self) -> int:
-        """Return how many steps to have in flight: one per stage (at least two); in pure decode, a burst of them.
+        """Return how many steps to have in flight: the scheduler's depth; in pure decode, a burst of them.
 
         At most half of the tokens of the shortest answer are in a burst, since an answer may end in any of them.
         """
+        depth = self.scheduler.depth
         if not self._decode_s or not self.scheduler.is_decoding:
-            return self._depth
+            return depth
         if not all(plan.is_decode for plan in self._in_flight.plans):
-            return self._depth
+            return depth
         shortest = min((len(handle.request.output) for handle in self._handles.values()), default=0)
         limit = min(_MAX_BURST, max(_MIN_BURST, shortest // 2))
-        return max(self._depth, min(limit, int(_BURST_S / self._decode_s)))
+        return max(depth, min(limit, int(_BURST_S / self._decode_s)))
 
     def _has_long_step(self) -> bool:
         """Return whether a prefill step in flight is long, or of unknown length."""

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype, weight_widths
+from cluster.config.topology import layer_cost, pair_cost
 from cluster.latency.fit import Costs
 from cluster.latency.hardware import load_hardware, processor
 from cluster.latency.latency_file import Measured
 from cluster.latency.step_work import ShardWork
+from cluster.scheduler.chunking import Chunk, EvenSteps, chunks
 from protos.node.environment import cpu_facts, cpu_name
 
 
@@ -23,6 +25,23 @@ def stage_works(deployment: Deployment) -> list[ShardWork]:
     kv_width = 1.0 + 4.0 / spec.head_dim if has_scales else float(DTYPE_BYTES[kv_type])
     widths = weight_widths(deployment)
     return [ShardWork(spec, shard, width, kv_width, widths) for shard in deployment.shards if shard.rank == 0]
+
+
+def even_steps(deployment: Deployment) -> EvenSteps | None:
+    """Return the limits of dense steps of a pipeline; None: it has one stage, or `prefill.dynamic_chunks` is off."""
+    config, spec = deployment.config, deployment.spec
+    stages, prefill = config.cluster.pipeline_parallel_size, config.prefill
+    if stages == 1 or not prefill.dynamic_chunks:
+        return None
+    layers = range(spec.num_hidden_layers)
+    row = sum(layer_cost(spec, layer) for layer in layers)
+    return EvenSteps(stages, prefill.max_num_batched_tokens, row, pair_cost(spec) * len(layers))
+
+
+def prompt_steps(deployment: Deployment, context: int) -> list[Chunk]:
+    """Return the steps of a prompt of `context` tokens that is alone."""
+    budget, even = deployment.config.prefill.max_num_batched_tokens, even_steps(deployment)
+    return list(chunks(deployment.spec, 0, context, context, budget, even))
 
 
 def usual_costs(deployment: Deployment, cores: int) -> Costs:

@@ -8,9 +8,8 @@ import numpy as np
 
 from cluster.config.deployment import Deployment
 from cluster.config.topology import balance
-from cluster.latency.pipeline_work import stage_works
+from cluster.latency.pipeline_work import prompt_steps, stage_works
 from cluster.planner.forecast import Costs, counts_of
-from cluster.scheduler.chunking import chunks
 from protos.stage.messages import Span
 
 _NANO = 1e9
@@ -36,7 +35,7 @@ def balanced_layers(deployment: Deployment, context: int, costs: Costs) -> list[
 def layer_seconds(deployment: Deployment, context: int, costs: Costs) -> list[float]:
     """Return what each layer takes in a prefill of `context` tokens on its shard; the last has the output head."""
     spec = deployment.spec
-    steps = list(chunks(spec, 0, context, context, deployment.config.prefill.max_num_batched_tokens))
+    steps = prompt_steps(deployment, context)
     counts = counts_of(spec, steps, costs.keys)
     last = spec.num_hidden_layers - 1
     first = next(shard for shard in deployment.shards if shard.rank == 0)

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from cluster.config.deployment import Deployment
 from cluster.latency.model import chunk_counts
-from cluster.latency.pipeline_work import stage_works
+from cluster.latency.pipeline_work import prompt_steps, stage_works
 from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import StepCounts
 from cluster.planner.memory import activation_width
-from cluster.scheduler.chunking import Chunk, chunks
+from cluster.scheduler.chunking import Chunk
 from protos.model.spec import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -44,7 +44,7 @@ class Forecast:
 def predict(deployment: Deployment, context: int, costs: Costs) -> Forecast:
     """Return the times of one prompt of `context` tokens, alone, in steps of its deployment."""
     spec, works = deployment.spec, stage_works(deployment)
-    steps = list(chunks(spec, 0, context, context, deployment.config.prefill.max_num_batched_tokens))
+    steps = prompt_steps(deployment, context)
     counts = counts_of(spec, steps, costs.keys)
     seconds = [np.asarray(work.seconds(counts, costs.seconds)) for work in works]
     hidden = spec.hidden_size * activation_width(deployment)

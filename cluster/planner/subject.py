@@ -66,6 +66,12 @@ def as_dense(deployment: Deployment) -> Deployment:
     return replace(deployment, spec=replace(deployment.spec, sparse=None))
 
 
+def with_chunks(deployment: Deployment, dynamic: bool) -> Deployment:
+    """Return the deployment with `prefill.dynamic_chunks` on or off."""
+    prefill = deployment.config.prefill.model_copy(update={"dynamic_chunks": dynamic})
+    return replace(deployment, config=deployment.config.model_copy(update={"prefill": prefill}))
+
+
 def as_sparse(deployment: Deployment) -> Deployment:
     """Return the deployment with sparse prefill: its own, else with the budgets of published recipes."""
     if deployment.spec.sparse is not None:

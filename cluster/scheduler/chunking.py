@@ -1,17 +1,21 @@
 """Share the tokens of a step among requests, and fit the shares to the grid of each prompt.
 
-Pure arithmetic. Dense rows may be cut anywhere but at most up to the next border of a DCA chunk; sparse rows come in
-whole cells (`protos.model.grid`).
+Pure arithmetic. Dense rows may be cut anywhere but at most up to the next border of a DCA chunk, and in a pipeline so
+that steps take equal times; sparse rows come in whole cells (`protos.model.grid`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from protos.model import grid
 from protos.model.spec import ModelSpec
+
+_LEAST_PART = 8  # of the budget: the shortest even step
+_EVEN_ROWS = 64  # even steps have a multiple
 
 
 def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
@@ -68,7 +72,34 @@ class PrefillShare:
     deficit: int = 0
 
 
-def fit_to_grid(spec: ModelSpec | None, shares: Sequence[PrefillShare]) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True, slots=True)
+class EvenSteps:
+    """Dense steps of a pipeline that take equal times: fewer rows where the context is long.
+
+    A prompt takes the sum of its steps and, for every stage but one, the longest of them. With steps of equal length
+    that is the last. Here a step of `1 / stages` of the way into the prompt and `budget` rows is the longest: those
+    before have as many rows, those behind fewer, as far down as an eighth.
+
+    `row` is the work of a row without attention, `pair` that of a query-key pair, in one unit.
+    """
+
+    stages: int
+    budget: int
+    row: int
+    pair: int
+
+    def most(self, position: int, prompt_len: int) -> int:
+        """Return the most rows of a step of a prompt that begins at `position`."""
+        longest = self.budget * (self.row + self.pair * prompt_len / self.stages)
+        alone = self.row + self.pair * position  # of the first row; the later ones see more
+        rows = (math.sqrt(alone * alone + 2 * self.pair * longest) - alone) / self.pair
+        whole = max(int(rows), self.budget // _LEAST_PART) // _EVEN_ROWS * _EVEN_ROWS
+        return min(self.budget, max(whole, _EVEN_ROWS))
+
+
+def fit_to_grid(
+    spec: ModelSpec | None, shares: Sequence[PrefillShare], even: EvenSteps | None = None
+) -> tuple[list[int], list[int]]:
     """Return the lengths that the grid allows, and the new deficits.
 
     A cell is never cut, so a sparse prompt may get more than it is granted in one step and nothing in the next: the
@@ -76,10 +107,14 @@ def fit_to_grid(spec: ModelSpec | None, shares: Sequence[PrefillShare]) -> tuple
     may exceed its budget, but by one cell at most; decoding and dense prompts always get what they are granted.
 
     Args:
-        spec: None: plain dense attention, nothing is cut.
+        spec: None: plain dense attention, which has no grid.
         shares: in order of arrival, which breaks ties.
+        even: limits of dense steps; None: they have none.
     """
-    lengths, deficits = [share.granted for share in shares], [0] * len(shares)
+    granted = [share.granted for share in shares]
+    if even is not None:
+        granted = [min(share.granted, even.most(share.position, share.prompt_len)) for share in shares]
+    lengths, deficits = list(granted), [0] * len(shares)
     if spec is None:
         return lengths, deficits
     sparse = []
@@ -88,7 +123,7 @@ def fit_to_grid(spec: ModelSpec | None, shares: Sequence[PrefillShare]) -> tuple
             sparse.append(index)
         else:
             border = grid.next_cut(spec, share.position, share.prompt_len)
-            lengths[index] = share.granted if border is None else min(share.granted, border - share.position)
+            lengths[index] = granted[index] if border is None else min(granted[index], border - share.position)
             deficits[index] = share.deficit if not share.granted else 0
     left = sum(shares[index].granted for index in sparse)
     limit = grid.largest_cell(spec)
@@ -104,9 +139,11 @@ def fit_to_grid(spec: ModelSpec | None, shares: Sequence[PrefillShare]) -> tuple
     return lengths, deficits
 
 
-def chunks(spec: ModelSpec | None, start: int, stop: int, prompt_len: int, budget: int) -> Iterator[Chunk]:
+def chunks(
+    spec: ModelSpec | None, start: int, stop: int, prompt_len: int, budget: int, even: EvenSteps | None = None
+) -> Iterator[Chunk]:
     """Yield the steps of a request that computes positions `start .. stop - 1` alone, with the whole budget of each."""
     while start < stop:
-        (length,), _ = fit_to_grid(spec, [PrefillShare(start, prompt_len, min(budget, stop - start))])
+        (length,), _ = fit_to_grid(spec, [PrefillShare(start, prompt_len, min(budget, stop - start))], even)
         yield Chunk(start, start + length, spec is not None and grid.is_sparse(spec, start, prompt_len))
         start += length

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
-from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
+from cluster.scheduler.chunking import Chunk, EvenSteps, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
 from cluster.scheduler.prefix_keys import PrefixKeys
@@ -41,12 +41,13 @@ class Scheduler:
         share_across_lengths: let prompts share pages of nearly equal length scale too, see `PrefixCache`.
         block_tokens: tokens of a block of the KV store, a multiple of `page_size`; 0: there is no store.
         kernel_family: of this cluster; see `PrefixKeys`.
+        even: limits of dense steps; None: they have none.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         spec: ModelSpec | None = None, num_stages: int = 1, share_across_lengths: bool = False, block_tokens: int = 0,
-        kernel_family: str = "",
+        kernel_family: str = "", even: EvenSteps | None = None,
     ) -> None:  # fmt: skip
         if block_tokens % page_size:
             raise ValueError(f"block_tokens: {block_tokens}: must be a multiple of {page_size}")
@@ -60,6 +61,7 @@ class Scheduler:
         self.budget = max_num_batched_tokens  # of the next step; may change between steps
         self._max_seqs = max_num_seqs
         self._num_stages = num_stages
+        self._even = even
         keys = PrefixKeys(cache_root, page_size, spec, block_tokens, kernel_family)
         self._prefixes = PrefixCache(pool, page_size, keys, share_across_lengths)
         self.stored = StoredPrefixes(self._prefixes, page_size, block_tokens)
@@ -79,6 +81,17 @@ class Scheduler:
         running = self._running.values()
         return not self._waiting and all(r.remaining <= 1 and r.may_run_ahead for r in running)
 
+    @property
+    def depth(self) -> int:
+        """The steps to have in flight while not all decode: one a stage, at least two.
+
+        A prompt that is alone in a pipeline has one more, so that no stage waits where one is late, or the head: nobody
+        else has to wait for it.
+        """
+        running = self._running.values()
+        is_alone = self._num_stages > 1 and len(running) == 1 and not self._waiting
+        return max(2, self._num_stages) + (is_alone and all(request.remaining > 1 for request in running))
+
     def is_sparse(self, part: SequenceSlice) -> bool:
         """Return whether the rows of a slice select their keys; all of them do or none."""
         return self.spec is not None and grid.is_sparse(self.spec, part.start, part.prompt_len)
@@ -86,7 +99,7 @@ class Scheduler:
     def chunks_left(self, request: Request) -> list[Chunk]:
         """Return the steps the rest of a prompt takes when it has the whole budget of each."""
         size = request.num_prompt
-        return list(chunks(self.spec, min(request.num_computed, size), size, size, self.budget))
+        return list(chunks(self.spec, min(request.num_computed, size), size, size, self.budget, self._even))
 
     def pages_needed(self, request: Request) -> int:
         """Return the pages for the prompt and every token it may generate (the last one is never fed back)."""
@@ -280,7 +293,7 @@ class Scheduler:
             PrefillShare(request.num_scheduled, request.num_prompt, tokens, request.deficit)
             for request, tokens in zip(running, granted, strict=True)
         ]
-        lengths, deficits = fit_to_grid(self.spec, shares)
+        lengths, deficits = fit_to_grid(self.spec, shares, self._even)
         for request, deficit in zip(running, deficits, strict=True):
             request.deficit = deficit
         return lengths

@@ -1,13 +1,12 @@
 """Simulated stages under the real scheduler: when each chunk of a prompt runs on each stage, by predicted times.
 
-The loop is the engine's: as many plans are in flight as the pipeline has stages (two with one stage), a commit makes
-room for the next one. Stages compute plans in order, and wait for the stage before them.
+The loop is the engine's: as many plans are in flight as the scheduler says, a commit makes room for the next one.
+Stages compute plans in order, and wait for the stage before them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from cluster.config.deployment import Deployment
 from cluster.latency.model import chunk_counts
-from cluster.latency.pipeline_work import stage_works
+from cluster.latency.pipeline_work import even_steps, stage_works
 from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import ShardWork
 from cluster.planner.forecast import Costs
@@ -26,8 +25,6 @@ from cluster.scheduler.request import Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from protos.model.grid import is_sparse
 from protos.stage.messages import SampledToken, SamplingParams, StepPlan
-
-Sizes = Callable[[int], int]  # tokens of the chunk that begins at a position
 
 
 class Bar(NamedTuple):
@@ -75,27 +72,23 @@ class StageTimes:
         return [float(np.sum(work.seconds(counts, self._costs.seconds))) for work in self._works]
 
 
-def simulate(deployment: Deployment, costs: Costs, context: int, sizes: Sizes | None = None) -> Run:
-    """Return the prefill of one prompt of `context` tokens.
-
-    Args:
-        sizes: of chunks; None: all have `prefill.max_num_batched_tokens`.
-    """
+def simulate(deployment: Deployment, costs: Costs, context: int) -> Run:
+    """Return the prefill of one prompt of `context` tokens."""
     config, times = deployment.config, StageTimes(deployment, costs)
-    fixed, page = config.prefill.max_num_batched_tokens, config.kv_cache.page_size
+    most, page = config.prefill.max_num_batched_tokens, config.kv_cache.page_size
     pool = PagePool(-(-context // page) + 1)
-    scheduler = Scheduler(pool, page, fixed, 1, spec=deployment.spec, num_stages=times.num_stages)
+    scheduler = Scheduler(
+        pool, page, most, 1, spec=deployment.spec, num_stages=times.num_stages, even=even_steps(deployment)
+    )
     request = Request(1, [0] * context, SamplingParams(), StopRules(1))
     scheduler.prepare(request)
     scheduler.add(request)
     free = [0.0] * times.num_stages
     bars: list[Bar] = []
     in_flight: list[tuple[float, int, StepPlan]] = []  # when the last stage ends it
-    depth, now = max(2, times.num_stages), 0.0
+    now = 0.0
     while True:
-        while len(in_flight) < depth:
-            if sizes is not None:
-                scheduler.budget = max(1, sizes(request.num_scheduled))
+        while len(in_flight) < scheduler.depth:
             if (plan := scheduler.schedule()) is None:
                 break
             ended = _run(plan, times, free, now, bars)
@@ -117,29 +110,3 @@ def _run(plan: StepPlan, times: StageTimes, free: list[float], now: float, bars:
         bars.append(Bar(stage, start, free[stage], part.start, part.length))
         arrived = free[stage] + part.length * times.token_hop_s
     return free[-1]
-
-
-def equal_times(deployment: Deployment, costs: Costs, context: int) -> Sizes:
-    """Return chunk sizes of equal predicted time on the slowest stage, about as many chunks as fixed sizes make.
-
-    They fall as the context grows, in whole pages; sparse prompts keep their cells.
-    """
-    times, page = StageTimes(deployment, costs), deployment.config.kv_cache.page_size
-    fixed = deployment.config.prefill.max_num_batched_tokens
-
-    def slowest(start: int, tokens: int) -> float:
-        return max(times.of(start, min(tokens, context - start), context))
-
-    starts: Sequence[int] = range(0, context, fixed)
-    target = sum(slowest(start, fixed) for start in starts) / len(starts)
-
-    def size(start: int) -> int:
-        if start >= context:
-            return fixed
-        low, high = 1, max(2, -(-8 * fixed // page))  # pages
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if slowest(start, middle * page) <= target else (low, middle)
-        return low * page
-
-    return size

@@ -1,4 +1,4 @@
-"""Efficiency of more stages by simulation: fixed and equal-time chunks, as a table and as series to plot."""
+"""Efficiency of more stages by simulation: fixed and dynamic chunks, as a table and as series to plot."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.simulation.pipeline import Bar, Run, equal_times, simulate
+from cluster.bench.simulation.pipeline import Bar, Run, simulate
 from cluster.config.deployment import Deployment
 from cluster.planner.forecast import Costs
 from cluster.planner.memory import relayout
-from cluster.planner.subject import as_dense, as_sparse
+from cluster.planner.subject import as_dense, as_sparse, with_chunks
 from protos.errors import UserError
 
 PUBLISHED = {  # strong scaling of prefill over stages of GPUs: www.lmsys.org/blog/2026-01-15-chunked-pipeline
@@ -24,7 +24,7 @@ _GANTT_STAGES = 4  # of the timeline that a file has
 def study(
     deployment: Deployment, costs_of: Callable[[Deployment], Costs], context: int, stages: Sequence[int], sparse: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """Return a row for each number of stages: seconds, efficiency and bubbles with fixed chunks and equal-time chunks.
+    """Return a row for each number of stages: seconds, efficiency and bubbles with fixed and with dynamic chunks.
 
     Efficiency is the time of one stage with fixed chunks over stages times the time; the costs of one stage hold for
     all, as if each had hardware of its own. Raises UserError: more stages than layers.
@@ -40,8 +40,8 @@ def study(
     for number in stages:
         split = relayout(given, number, 1)
         runs = {
-            "fixed": simulate(split, costs, context),
-            "dynamic": simulate(split, costs, context, equal_times(split, costs, context)),
+            name: simulate(with_chunks(split, is_dynamic), costs, context)
+            for name, is_dynamic in (("fixed", False), ("dynamic", True))
         }
         rows.append({"stages": number} | {name: _figures(run, number, one) for name, run in runs.items()})
         if number == _GANTT_STAGES:
@@ -70,7 +70,7 @@ def _figures(run: Run, stages: int, one: float) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> list[str]:
     """Return the rows of a study as lines of Markdown."""
     lines = [
-        "| stages | fixed: seconds | efficiency | bubbles | equal times: seconds | efficiency | bubbles |",
+        "| stages | fixed: seconds | efficiency | bubbles | dynamic: seconds | efficiency | bubbles |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -89,7 +89,7 @@ def draw_study(result: dict[str, Any], path: Path) -> None:
     timelines = [name for name in ("fixed", "dynamic") if name in result["timelines"]]
     figure = Figure(figsize=(8, 4 + 2 * len(timelines)), layout="constrained")
     axes = figure.subplots(1 + len(timelines), 1, squeeze=False)
-    names = {"fixed": "fixed chunks", "dynamic": "chunks of equal time"}
+    names = {"fixed": "fixed chunks", "dynamic": "dynamic chunks"}
     for name, label in names.items():
         series = result["plot"][name]
         axes[0][0].plot(series["stages"], [100 * e for e in series["efficiency"]], "o-", label=label)

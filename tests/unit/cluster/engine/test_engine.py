@@ -134,11 +134,11 @@ def test_logprobs_reach_the_result():
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
-def test_about_one_plan_per_stage_is_in_flight(stages: int):
+def test_a_prompt_alone_has_one_plan_per_stage_in_flight_and_one_more(stages: int):
     with Rig(stages=stages, budget=16, pages=200) as rig:
         rig.last.hold()
         handle, _ = rig.submit(range(1600))
-        depth = max(2, stages)
+        depth = stages + 1
         eventually(lambda: len(rig.last.plans) == depth)
         rig.last.let(3)
         eventually(lambda: len(rig.last.plans) == depth + 3)
@@ -207,7 +207,7 @@ def test_cancel_while_prefilling():
     with Rig(budget=16) as rig:
         rig.last.hold()
         handle, events = rig.submit(range(400))
-        eventually(lambda: len(rig.last.plans) == 2)
+        eventually(lambda: len(rig.last.plans) == 3)
         rig.engine.cancel(handle)
         rig.engine.cancel(handle)
         rig.last.let(1000)
@@ -215,7 +215,7 @@ def test_cancel_while_prefilling():
         assert result.finish_reason is FinishReason.CANCELLED
         assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
-        assert len(rig.last.plans) == 2, "nothing is computed for it any more"
+        assert len(rig.last.plans) == 3, "nothing is computed for it any more"
         check_engine(rig.engine)
         assert rig.run(range(30))[0].finish_reason is FinishReason.LENGTH
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.config.deployment import load_deployment
 from cluster.latency.hardware import load_hardware
-from cluster.latency.pipeline_work import measured_on, stage_works, usual_costs
+from cluster.latency.pipeline_work import even_steps, measured_on, prompt_steps, stage_works, usual_costs
 from cluster.latency.step_work import UNITS, StepCounts
 from tests.support.paths import CONFIGS
 
@@ -25,6 +25,23 @@ def test_kv_has_its_own_width():
     )
     dim = load_deployment(DEMO).spec.head_dim
     assert small["kv_bytes"] / plain["kv_bytes"] == (1 + 4 / dim) / 2
+
+
+def test_a_pipeline_has_even_steps_unless_they_are_switched_off():
+    dense: dict[str, object] = {"sparse.enabled": False, "prefill.max_num_batched_tokens": 512}
+    given = load_deployment(DEMO, dense)
+    even = even_steps(given)
+    assert even is not None
+    spec = given.spec
+    assert (even.stages, even.budget) == (2, 512)
+    assert even.pair == 2 * spec.num_hidden_layers * spec.num_attention_heads * spec.head_dim
+    assert even.row > spec.num_hidden_layers * spec.hidden_size * spec.moe_intermediate_size
+    lengths = [step.stop - step.start for step in prompt_steps(given, 65536)]
+    assert max(lengths) == 512 > lengths[-2]
+    for change in ({"prefill.dynamic_chunks": False}, {"cluster.pipeline_parallel_size": 1}):
+        fixed = load_deployment(DEMO, dense | change)
+        assert even_steps(fixed) is None
+        assert {step.stop - step.start for step in prompt_steps(fixed, 65536)} == {512}
 
 
 def test_the_key_names_hardware_and_model():

@@ -17,7 +17,7 @@ from cluster.planner.forecast import Costs, predict
 from cluster.planner.measured import Measurements
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
-from cluster.planner.subject import as_dense, as_sparse, load_subject
+from cluster.planner.subject import as_dense, as_sparse, load_subject, with_chunks
 from cluster.planner.target import cpu_target
 from protos.model.spec import HeadBudget, SparseSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
@@ -98,11 +98,11 @@ def test_a_cost_that_steps_put_at_zero_is_not_counted_twice(tmp_path: Path, unit
 
 
 def benchmark_model(folder: Path) -> Deployment:
-    """The one of the recorded steps, in two stages."""
+    """The one of the recorded steps, in two stages and chunks of one size."""
     shape = {"vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
     experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "eos_token_id": 2}
-    return relayout(as_dense(subject(folder, "cpu", **shape, **heads, **experts)), 2, 1)
+    return with_chunks(relayout(as_dense(subject(folder, "cpu", **shape, **heads, **experts)), 2, 1), False)
 
 
 def test_recorded_steps_of_two_stages(tmp_path: Path):
