@@ -274,13 +274,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 @evaluate.command()
 @click.argument("results", metavar="RESULT...", type=_PATH, nargs=-1, required=True)
-@click.option("--picture", type=_PATH, help="The PNG or SVG to write (default: beside the first RESULT; -merged.png).")
+@click.option(
+    "--picture", type=_PATH, help="The PNG or SVG to write (default: beside RESULT; of several, FIRST-merged.png)."
+)
 @click.option("--name", help="What the table and the picture call the model (default: as RESULT does).")
 def show(results: tuple[Path, ...], picture: Path | None, name: str | None) -> None:
     """Print the table of a RESULT file (.json) and draw its picture again; of several, one table and one picture.
 
     Several must be of eval ruler, with the same model, scoring and samples: cells of other lengths and modes come
-    together. Of a cell that two files have, the later file's counts, and a line says so.
+    together. Of a cell that two files have, the later file's counts unless it failed, and a line says so.
 
     \b
     longreach eval show eval-ruler-NAME-DATE.json
