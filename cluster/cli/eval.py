@@ -57,7 +57,7 @@ def evaluate() -> None:
     needle: are facts found, at every depth and length, under every way to attend?
     recall: how much do sparse prefill and int8 KV change the next tokens?
     ruler:  RULER's thirteen tasks but for its two of questions, made offline
-    show:   the table and the picture of a result file
+    show:   the table and the picture of result files
 
     Results go to eval-NAME-DATE.json and .png in --out. Without --model or --config the small trained checkpoint of
     the demo is measured.
@@ -273,20 +273,36 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 @evaluate.command()
-@click.argument("result", type=_PATH)
-@click.option("--picture", type=_PATH, help="The PNG to write (default: beside RESULT).")
-def show(result: Path, picture: Path | None) -> None:
-    """Print the table of a RESULT file (.json) and draw its picture again."""
+@click.argument("results", metavar="RESULT...", type=_PATH, nargs=-1, required=True)
+@click.option(
+    "--picture", type=_PATH, help="The PNG or SVG to write (default: beside RESULT; of several, FIRST-merged.png)."
+)
+@click.option("--name", help="What the table and the picture call the model (default: as RESULT does).")
+def show(results: tuple[Path, ...], picture: Path | None, name: str | None) -> None:
+    """Print the table of a RESULT file (.json) and draw its picture again; of several, one table and one picture.
+
+    Several must be of eval ruler, with the same model, scoring and samples: cells of other lengths and modes come
+    together. Of a cell that two files have, the later file's counts unless it failed, and a line says so.
+
+    \b
+    longreach eval show eval-ruler-NAME-DATE.json
+    longreach eval show eval-ruler-4k.json eval-ruler-64k.json --picture eval-ruler.png
+    """
     from rich.console import Console
 
+    from cluster.tools.eval.merge import merge
     from cluster.tools.eval.plots import draw
     from cluster.tools.eval.results import read_result
     from cluster.tools.eval.tables import print_report
 
     with one_line_errors():
-        report = read_result(result)
+        reports = [(path.name, read_result(path)) for path in results]
+        report, replaced = merge(reports) if len(reports) > 1 else (reports[0][1], [])
+        for line in replaced:
+            say(line, err=True)
+        report = report | ({"model": name} if name else {})
         print_report(report, Console())
-        path = picture or result.with_suffix(".png")
+        path = picture or results[0].with_name(f"{results[0].stem}{'-merged' if len(results) > 1 else ''}.png")
         draw(report, path)
         say(f"picture: {path}", err=True)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.report.files import Result, common_details, machine_marks, rows_of
+from cluster.common.units import format_count
 from cluster.tools.figures import COLOURS, GREY, MARKERS, empty_figure, log_axis, plain_axes, titled, token_axis
 
 if TYPE_CHECKING:
@@ -81,14 +82,15 @@ def efficiency_figure(results: Sequence[Result]) -> Figure | None:
     """Draw parallel efficiency against processes: stages and shards, strong and weak; None without such rows."""
     used = [result for result in results if result.what == "bench scaling"]
     marks = machine_marks(used)
+    rows = [(result, row) for result, row in rows_of(used, "bench scaling") if "efficiency" in row]
+    several = len({row["mode"] for _, row in rows}) > 1
     curves: dict[str, list[tuple[int, float, bool]]] = {}
-    for result, row in rows_of(used, "bench scaling"):
-        if "efficiency" not in row:
-            continue
+    for result, row in rows:
         processes = row["stages"] * row["shards"]
         for part in ("stages", "shards"):
             if processes == 1 or row[part] == processes:
-                name = f"{part}, {row['kind']}{marks[result.machine]}"
+                mode = f", {row['mode']}" if several else ""
+                name = f"{part}, {row['kind']}{mode}{marks[result.machine]}"
                 curves.setdefault(name, []).append((processes, row["efficiency"], bool(row.get("oversubscribed"))))
     curves = {name: sorted(points) for name, points in curves.items() if len({point[0] for point in points}) > 1}
     if not curves:
@@ -116,6 +118,38 @@ def efficiency_figure(results: Sequence[Result]) -> Figure | None:
     hollow = any(point[2] for points in curves.values() for point in points)
     note = "\nhollow: more threads than cores, so the processes take turns" if hollow else ""
     titled(figure, "Parallel efficiency of prefill", common_details(used) + note)
+    return figure
+
+
+def throughput_figure(results: Sequence[Result]) -> Figure | None:
+    """Draw tokens a second against the jobs that run at a time, one curve a layout; None without such rows."""
+    used = [result for result in results if any(row.get("kind") == "throughput" for row in result.rows)]
+    rows = [(result, row) for result, row in rows_of(used, "bench scaling") if row["kind"] == "throughput"]
+    marks = machine_marks(used)
+    several = len({row["mode"] for _, row in rows}) > 1
+    named = []
+    for result, row in rows:
+        mode = f", {row['mode']}" if several else ""
+        name = f"{row['stages']} x {row['shards']}{mode}{marks[result.machine]}"
+        named.append((name, float(row["jobs"]), row))
+    curves = collect(named, "tokens_per_s")
+    if not curves:
+        return None
+    figure = empty_figure(*_SIZE)
+    axis = plain_axes(figure.subplots())
+    for number, series in enumerate(curves):
+        series.draw(axis, number)
+    axis.set_xscale("log", base=2)
+    jobs = sorted({int(row["jobs"]) for _, row in rows})
+    axis.set_xticks(jobs, list(map(str, jobs)))
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0.0)
+    axis.set_xlabel("jobs at a time")
+    axis.set_ylabel("tokens a second, of prompts and answers")
+    axis.legend(frameon=False, loc="lower right", title="stages x shards")
+    sizes = list(dict.fromkeys(f"{format_count(row['length'])} in, {row['tokens']} out" for _, row in rows))
+    note = "" if all(quiet for series in curves for quiet in series.quiet) else f"\n{_NOTE}"
+    titled(figure, f"Throughput of jobs: {'; '.join(sizes)} (tokens)", common_details(used) + note)
     return figure
 
 

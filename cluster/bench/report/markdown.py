@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.bench.report.curves import decode_figure, efficiency_figure, first_token_figure
+from cluster.bench.report.curves import decode_figure, efficiency_figure, first_token_figure, throughput_figure
 from cluster.bench.report.experts import expert_rows, experts_figure
 from cluster.bench.report.files import Result
 from cluster.bench.report.gantt import gantt_figure, layout_name, timelines
@@ -46,6 +46,7 @@ def pictures(results: Sequence[Result]) -> Iterator[tuple[str, str, Figure]]:
         ("first-token", "Time to first token against length", first_token_figure),
         ("decode", "Decode against context", decode_figure),
         ("efficiency", "Efficiency against stages and shards", efficiency_figure),
+        ("throughput", "Throughput against jobs at a time", throughput_figure),
     )
     for name, title, draw in single:
         if (figure := draw(results)) is not None:

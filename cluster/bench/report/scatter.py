@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BAND = 0.2  # share of the measured time that is drawn around it
+_NARROW = 5.0  # the largest over the smallest value, up to which an axis has a tick at every digit
+_HEAD, _MEANS = 6, (14, 11, 9)  # points: the markers of heads, of the means of the first series and of later ones
 
 
 def fit_figure(results: Sequence[Result]) -> Figure | None:
@@ -39,11 +41,12 @@ def fit_figure(results: Sequence[Result]) -> Figure | None:
         error = statistics.median(abs(fitted / measured - 1) for measured, fitted in pairs)
         axis.plot(*zip(*pairs, strict=True), MARKERS[number], color=COLOURS[number], markersize=5, alpha=0.7,
                   label=f"{name}: off by {error:.1%} (median of {len(pairs)})")  # fmt: skip
-    log_axis(axis, "x")
-    log_axis(axis, "y")
+    for side in ("x", "y"):
+        log_axis(axis, side, dense=line[1] < _NARROW * line[0])
+        getattr(axis, f"set_{side}lim")(*line)
     axis.set_xlabel("measured seconds of a chunk")
     axis.set_ylabel("fitted seconds")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)  # names of machines are long
     titled(figure, "Latency model: fitted against measured", common_details(used))
     return figure
 
@@ -64,14 +67,15 @@ def recall_figure(results: Sequence[Result]) -> Figure | None:
     axis = plain_axes(figure.subplots())
     for number, (name, (density, recall)) in enumerate(found.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axis.plot(density, recall, marker, color=colour, alpha=0.55, markersize=5, label=name)
-        axis.plot(statistics.fmean(density), statistics.fmean(recall), marker, color=colour, markersize=11,
-                  markeredgecolor="black")  # fmt: skip
+        # hollow and of falling size, since variants of one prompt may lie on each other
+        axis.plot(density, recall, marker, color=colour, markerfacecolor="none", markersize=_HEAD, label=name)
+        axis.plot(statistics.fmean(density), statistics.fmean(recall), marker, color=colour, markeredgecolor="black",
+                  markersize=_MEANS[min(number, len(_MEANS) - 1)])  # fmt: skip
     log_axis(axis, "x", percent=True)
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axis.set_xlabel("share of the query-key pairs that are visited")
     axis.set_ylabel("attention mass kept in held-out rows")
     axis.set_ylim(top=1.01)
     axis.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none")
-    titled(figure, "Sparse prefill: recall against density", f"{common_details(used)}; large: the mean of all heads")
+    titled(figure, "Sparse prefill: recall against density", f"{common_details(used)}; filled: the mean of all heads")
     return figure

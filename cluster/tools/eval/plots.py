@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cluster.common.units import format_count
 from cluster.tools.eval.ruler.plots import draw_scores
 from cluster.tools.eval.tables import depth_scores
-from cluster.tools.figures import DPI, empty_figure
+from cluster.tools.figures import empty_figure, save_figure
 from protos.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ Labels = tuple[str, list[str], int]  # name of an axis, its labels and their rot
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write the picture of a result as PNG.
+    """Write the picture of a result as PNG or SVG, as the path ends.
 
     Raises:
-        UserError: matplotlib is not installed, or there is nothing to draw.
+        UserError: matplotlib is not installed, the path ends otherwise, or there is nothing to draw.
     """
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"picture: {path}: must end with .png or .svg")
     if report["what"] == "needle":
         figure = _needles(report)
     elif report["what"] == "ruler":
@@ -40,7 +42,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure = _pinned(report)
     else:
         figure = _recall(report)
-    figure.savefig(path, dpi=DPI, format="png")
+    save_figure(figure, path)
 
 
 def _needles(report: dict[str, Any]) -> Figure:

@@ -122,6 +122,8 @@ def _print_ruler(report: dict[str, Any], console: Console) -> None:
     console.print(ruler_table(report))
     for line in cost_of_sparse(report):
         console.print(line, highlight=False)
+    for line in report.get("notes", ()):
+        console.print(line, style="dim", markup=False, highlight=False)
     if not report["complete"]:
         console.print("not finished", style="dim")
     for line in failures(report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from cluster.common.units import format_count
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _PANEL = (2.9, 2.2)  # inches
+_LETTERS_AN_INCH = 10  # of the title
 _STYLES = {"plain": ("#7f7f7f", "o"), "yarn": ("#e08214", "s"), "dca": ("#2166ac", "^"), "sparse": ("#b2182b", "v")}
 _OTHER = ("#1b7837", "D")
 
@@ -33,8 +35,12 @@ def draw_scores(report: dict[str, Any]) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("score")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{report['model']}: {describe_samples(report)}, 95 % intervals", fontsize=12)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,
+        title="\n".join(report.get("notes", ())), title_fontproperties={"size": 8},
+    )  # fmt: skip
+    title = f"{report['model']}: {describe_samples(report)}, 95 % intervals"
+    figure.suptitle("\n".join(wrap(title, int(_LETTERS_AN_INCH * figure.get_figwidth()))), fontsize=12)
     return figure
 
 

@@ -23,13 +23,12 @@ from cluster.tools.eval.grid import Cell, GridRun, check_grid, layout, measureme
 from cluster.tools.eval.modes import MODES, Target, load_mode, set_aside
 from cluster.tools.eval.ruler.export import export_path, write_samples
 from cluster.tools.eval.ruler.prompts import PromptMaker
-from cluster.tools.eval.ruler.sample import Sample, read_material
+from cluster.tools.eval.ruler.sample import NOT_RULER, Sample, read_material
 from cluster.tools.eval.ruler.scoring import interval, score
 from cluster.tools.eval.ruler.tasks import TASKS, Task, TaskGroup, check_fits, find_tasks, group_tasks, make_samples
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 
-NOT_RULER = "not RULER's own samples"
 _QUESTION_TOKENS = 1024  # KV that a question needs beside its haystack: question and answer
 _CELL_TOKENS = 8192  # more of them after sparse prefill, which shares whole cells
 _AT_ONCE = 8  # questions that have this room; others of the haystack wait for one of them to end

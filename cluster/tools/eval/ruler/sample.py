@@ -13,6 +13,7 @@ from cluster.tools.assets import needle_dir
 from cluster.tools.eval.haystack import read_source
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOT_RULER = "not RULER's own samples"  # what is said of several questions about one haystack
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,12 @@ def scores_of(report: dict[str, Any], mode: str, length: int) -> dict[str, list[
     return {task: found[task] for task in report["tasks"] if task in found}
 
 
+def questions_of(report: dict[str, Any], mode: str, length: int) -> int:
+    """Return how many questions a haystack has at a mode and length; in a merged report it is a field of the cells."""
+    cells = [cell for cell in report["cells"] if (cell["mode"], cell["length"]) == (mode, length)]
+    return int((cells[0] if cells else report).get("questions", report.get("questions", 1)))
+
+
 def all_scores(report: dict[str, Any], mode: str, length: int) -> dict[str, list[float]]:
     """Return the scores by task, of tasks that have all of their samples."""
     return {
@@ -32,14 +38,16 @@ def all_scores(report: dict[str, Any], mode: str, length: int) -> dict[str, list
 def result(report: dict[str, Any], mode: str, length: int, task: str) -> tuple[float, float, float] | None:
     """Return the score of a task and its interval; None without a result. Some of its haystacks may be missing."""
     scores = scores_of(report, mode, length).get(task)
-    return (sum(scores) / len(scores), *scoring.interval(scores, report.get("questions", 1))) if scores else None
+    return (
+        (sum(scores) / len(scores), *scoring.interval(scores, questions_of(report, mode, length))) if scores else None
+    )
 
 
 def average(report: dict[str, Any], mode: str, length: int) -> tuple[float, float] | None:
     """Return the mean over tasks and the half-width of its interval; None unless every task has all samples."""
     scores = all_scores(report, mode, length)
     complete = len(scores) == len(report["tasks"])
-    return scoring.average(scores.values(), report.get("questions", 1)) if complete else None
+    return scoring.average(scores.values(), questions_of(report, mode, length)) if complete else None
 
 
 def describe_samples(report: dict[str, Any]) -> str:
@@ -68,8 +76,11 @@ def cost_of_sparse(report: dict[str, Any]) -> list[str]:
     """Return a line a length: how many points sparse prefill scores less than dense, sample by sample."""
     lines = []
     for length in report["lengths"]:
+        questions = questions_of(report, "sparse", length)
+        if questions_of(report, "dca", length) != questions:  # other samples
+            continue
         sparse, dense = all_scores(report, "sparse", length), all_scores(report, "dca", length)
-        found = differences(sparse, dense, report.get("questions", 1))
+        found = differences(sparse, dense, questions)
         if found is not None:
             mean, reach = found
             lines.append(f"sparse less dca at {format_count(length)}: {100 * mean:+.1f} ±{100 * reach:.1f} points")

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from cluster.cli.eval import Counts, Setting
 from cluster.cli.main import main
 from cluster.tools.assets import needle_dir
-from tests.support.data.eval_reports import needle_report
+from tests.support.data.eval_reports import needle_report, ruler_report
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -27,6 +27,28 @@ def test_show_prints_and_draws_a_result(tmp_path: Path) -> None:
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert invoke("show", path, "--picture", tmp_path / "other.png").exit_code == 0
     assert (tmp_path / "other.png").exists()
+
+
+def test_show_merges_results(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{length}.json" for length in (4096, 16384)]
+    for path in paths:
+        path.write_text(json.dumps(ruler_report([int(path.stem)])))
+    done = invoke("show", *paths, "--name", "A-Model")
+    assert done.exit_code == 0, done.output
+    assert "A-Model, 4 samples" in done.output
+    assert "replaced" not in done.output
+    assert "16K" in done.output
+    assert (tmp_path / "4096-merged.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "4096.png").exists()
+    done = invoke("show", *paths, paths[0], "--picture", tmp_path / "x.svg")
+    assert "sparse 4K: 2 cells of 4096.json replaced by 4096.json" in done.output
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+    paths[1].write_text(json.dumps(ruler_report([16384]) | {"model": "other"}))
+    done = invoke("show", *paths)
+    assert done.exit_code == 2
+    assert done.output.strip().endswith("16384.json: model: other: must be that of 4096.json, which is some-model")
+    assert len(done.output.strip().splitlines()) == 1
+    assert "must end with .png or .svg" in invoke("show", paths[0], "--picture", tmp_path / "x.pdf").output
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cluster.tools import figures
 from cluster.tools.figures import empty_figure, has_matplotlib, log_axis, plain_axes, save_figure, titled, token_axis
@@ -30,6 +31,24 @@ def test_logarithmic_axes_have_plain_numbers():
     figure.draw_without_rendering()
     assert {"1%", "2%", "50%", "100%"} <= set(labels(axis.xaxis))
     assert {"0.5", "1", "20"} <= set(labels(axis.yaxis))
+
+
+def test_dense_axes_have_more_ticks():
+    figure = empty_figure(4, 3)
+    axis = figure.subplots()
+    axis.plot([11.0, 21.0], [1.0, 2.0])
+    log_axis(axis, "x", dense=True)
+    figure.draw_without_rendering()
+    assert {"12", "15", "20"} <= set(labels(axis.xaxis))
+
+
+def test_pngs_have_a_palette(tmp_path: Path):
+    figure = empty_figure(4, 3)
+    figure.subplots().plot([1, 2], color="#b2182b")
+    save_figure(figure, tmp_path / "x.png")
+    picture = Image.open(tmp_path / "x.png")
+    assert (picture.mode, picture.size) == ("P", (600, 450))
+    assert (0xB2, 0x18, 0x2B) in {colour for _, colour in picture.convert("RGB").getcolors()}
 
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

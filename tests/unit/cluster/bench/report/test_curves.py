@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.bench.report.curves import collect, decode_figure, efficiency_figure, first_token_figure
+from cluster.bench.report.curves import collect, decode_figure, efficiency_figure, first_token_figure, throughput_figure
 from cluster.bench.report.files import Result
 from tests.support.data.speed import bench_results
 
@@ -55,6 +55,28 @@ def test_efficiency_of_stages_and_shards():
     assert efficiency_figure([PREFILL]) is None
 
 
-@pytest.mark.parametrize("draw", [first_token_figure, decode_figure, efficiency_figure])
+def test_curves_name_the_mode_where_there_are_several():
+    report = bench_results.scaling()
+    for row in report["rows"]:
+        row["mode"] = "sparse" if row["kind"] == "strong" else row["mode"]
+    figure = efficiency_figure([Result(Path("s"), report)])
+    assert names(figure) == ["stages, strong, sparse", "shards, strong, sparse", "stages, weak, dense"]
+
+
+def test_throughput_of_layouts():
+    report = bench_results.scaling()
+    more = [row | {"stages": 2} for row in report["rows"] if row["kind"] == "throughput"]
+    figure = throughput_figure([Result(Path("s"), report | {"rows": report["rows"] + more}), PREFILL])
+    assert names(figure) == ["1 x 1", "2 x 1"]
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "4"]
+    assert list(axis.get_lines()[0].get_ydata()) == [1100.0, 1300.0, 1700.0]
+    assert figure.get_suptitle() == "Throughput of jobs: 4K in, 64 out (tokens)"
+    assert axis.get_ylim()[0] == 0.0
+    strong = [row for row in report["rows"] if row["kind"] != "throughput"]
+    assert throughput_figure([Result(Path("s"), report | {"rows": strong})]) is None
+
+
+@pytest.mark.parametrize("draw", [first_token_figure, decode_figure, efficiency_figure, throughput_figure])
 def test_nothing_is_drawn_of_nothing(draw):
     assert draw([]) is None

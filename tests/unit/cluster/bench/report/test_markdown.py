@@ -26,8 +26,8 @@ def test_a_report_has_all_pictures_and_tables(tmp_path: Path):
     text = paths[0].read_text()
     shown = re.findall(r"\]\(([^)]+)\)", text)
     assert shown == [
-        "first-token.png", "decode.png", "efficiency.png", "gantt-2x1-64K.png", "gantt-4x1-64K.png",
-        "gantt-1x2-64K.png", "experts.png", "fit.png", "recall.png",
+        "first-token.png", "decode.png", "efficiency.png", "throughput.png", "gantt-2x1-64K.png",
+        "gantt-4x1-64K.png", "gantt-1x2-64K.png", "experts.png", "fit.png", "recall.png",
     ]  # fmt: skip
     for name in shown:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cluster.bench.report.files import Result
 from cluster.bench.report.scatter import fit_figure, recall_figure
 from tests.support.data.speed import bench_results
@@ -19,6 +21,9 @@ def test_the_fit_says_how_far_off_it_is():
         row["chunks"] = [{"measured_s": 1.0, "fitted_s": part} for part in (1.1, 0.9, 1.0, 1.3, 0.0)]
     figure = fit_figure([Result(Path("p"), report)])
     assert names(figure) == ["within 20%", "dense: off by 10.0% (median of 16)", "sparse: off by 10.0% (median of 16)"]
+    axis = figure.axes[0]
+    assert axis.get_xlim() == axis.get_ylim() == pytest.approx((0.9 * 0.8, 1.3 * 1.25))
+    assert {0.8, 1.2} <= set(axis.get_xticks().round(3))  # a narrow range has more ticks
     assert fit_figure([Result(Path("d"), bench_results.decode())]) is None
 
 

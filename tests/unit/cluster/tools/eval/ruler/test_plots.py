@@ -39,3 +39,10 @@ def test_missing_results_leave_gaps() -> None:
     figure = draw_scores(report)
     counts = [len(container[0].get_ydata()) for container in figure.axes[0].containers]
     assert counts == [0, 0, 1, 0]
+
+
+def test_notes_are_above_the_legend() -> None:
+    figure = draw_scores(ruler_report([4096]) | {"notes": ["yarn: factor 4 at 4K; 16 at 64K", "x"], "note": "n " * 80})
+    assert figure.legends[0].get_title().get_text() == "yarn: factor 4 at 4K; 16 at 64K\nx"
+    assert len(figure.get_suptitle().splitlines()) > 1
+    assert draw_scores(ruler_report([4096])).legends[0].get_title().get_text() == ""
