@@ -67,7 +67,7 @@ def plan(
 @click.option("--group", type=int, default=128, show_default=True, help="Inputs that share a scale.")
 @click.option(
     "--only", default="attention,mlp,experts", show_default=True, metavar="KINDS",
-    help="What is quantised; routers, norms, embedding and head never are.",
+    help="What is quantised: also head, the output matrix. Routers, norms and embedding never are.",
 )  # fmt: skip
 @click.option(
     "--check", type=Count(), metavar="TOKENS",
@@ -86,6 +86,7 @@ def quantize(
     \b
     longreach quantize Qwen3-30B-A3B Qwen3-30B-A3B-int4 --bits 4
     longreach quantize MODEL MODEL-int8 --bits 8 --only experts --check 4K
+    longreach quantize MODEL MODEL-int4 --bits 4 --only attention,mlp,experts,head
     """
     from cluster.hub.models import model_argument
     from cluster.tools.quantize import QuantizeOptions
@@ -127,11 +128,11 @@ def _print_quantized(report: dict[str, Any]) -> None:
     console = Console()
     kinds = [kind for kind in report["kinds"] if any(error["kind"] == kind for error in report["errors"])]
     table = plain_table("layer", *(f"{kind}, error" for kind in kinds))
-    layers: dict[int, dict[str, float]] = {}
+    layers: dict[int | None, dict[str, float]] = {}
     for error in report["errors"]:
         layers.setdefault(error["layer"], {})[error["kind"]] = error["relative_error"]
     for layer, errors in layers.items():
-        table.add_row(str(layer), *(f"{errors[kind]:.2%}" if kind in errors else "" for kind in kinds))
+        table.add_row("" if layer is None else str(layer), *(f"{errors[kind]:.2%}" if kind in errors else "" for kind in kinds))
     console.print(table)
     if "check" in report:
         print_report(report["check"], console)

@@ -23,7 +23,7 @@ from protos.model.folder import explain, resolve, served_name
 from protos.model.spec import ModelSpec
 from protos.node.environment import usable_cores
 
-KINDS = ("attention", "mlp", "experts")  # as of workers.quant.rewrite
+KINDS = ("attention", "mlp", "experts", "head")  # as of workers.quant.rewrite
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class QuantizeOptions:
     target: Path
     bits: int  # 4 or 8
     group: int = 128  # inputs that share a scale
-    kinds: tuple[str, ...] = field(default=KINDS)
+    kinds: tuple[str, ...] = field(default=KINDS[:3])
 
     def __post_init__(self) -> None:
         if self.group < 16 or self.group % 16:

@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 from protos.model.checkpoint import Checkpoint, StoredTensor, expected_tensors
 from protos.model.quant.config import KEY
 from protos.model.spec import ModelSpec
+from protos.model.tensor_names import LM_HEAD
 from workers.quant.quantize import quantize_matrix
 
-KINDS = ("attention", "mlp", "experts")  # what can be quantised; routers, norms, embedding and head stay
+KINDS = ("attention", "mlp", "experts", "head")  # what can be quantised; routers, norms and embedding stay
+OF_LAYERS = KINDS[:3]
 _FILE_BYTES = 1 << 30  # of an output file
 _INDEX = "model.safetensors.index.json"
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # files that are not copied
@@ -38,18 +40,21 @@ class Recipe:
 
     bits: int  # 4 or 8
     group: int  # inputs that share a scale
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = OF_LAYERS
 
 
 def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_progress: OnProgress) -> dict[str, Any]:
     """Write the quantised checkpoint `target`, a new empty folder; returns bytes and errors as plain data.
 
-    An error is the root of the squared error of all matrices of a kind in a layer over their squared sum.
+    An error is the root of the squared error of all matrices of a kind in a layer over their squared sum; the head's
+    has no layer.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ValueError: the groups do not divide the inputs of a matrix; nothing was written.
+        ValueError: the groups do not divide the inputs of a matrix, or there is no head; nothing was written.
     """
+    if "head" in recipe.kinds and spec.tie_word_embeddings:
+        raise ValueError("--only: head: the output matrix of this model is its embedding, which stays: leave it out")
     checkpoint = Checkpoint.open(source, spec)
     shapes = expected_tensors(spec)
     chosen = [name for name in shapes if kind_of(name) in recipe.kinds]
@@ -70,7 +75,8 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
                 found = quantize_matrix(tensor, recipe.bits, recipe.group)
                 for part, value in found.packed(recipe.bits).items():
                     writer.add(name.removesuffix("weight") + part, value)
-                sums = errors.setdefault((int(name.split(".")[2]), kind_of(name)), [0.0, 0.0])
+                layer = spec.num_hidden_layers if kind_of(name) == "head" else int(name.split(".")[2])
+                sums = errors.setdefault((layer, kind_of(name)), [0.0, 0.0])
                 sums[0] += found.squared_error
                 sums[1] += found.squared_sum
             else:
@@ -82,7 +88,10 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
     return {
         "weights": total, "quantized": sum(math.prod(shapes[name]) for name in chosen), "bytes": size,
         "errors": [
-            {"layer": layer, "kind": kind, "relative_error": math.sqrt(lost / whole) if whole else 0.0}
+            {
+                "layer": None if kind == "head" else layer, "kind": kind,
+                "relative_error": math.sqrt(lost / whole) if whole else 0.0,
+            }
             for (layer, kind), (lost, whole) in sorted(errors.items())
         ],
     }  # fmt: skip
@@ -90,6 +99,8 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
 
 def kind_of(name: str) -> str:
     """Return what a canonical tensor belongs to: one of KINDS, "" for what is never quantised."""
+    if name == LM_HEAD:
+        return "head"
     if not name.startswith("model.layers.") or not name.endswith("_proj.weight"):
         return ""
     if ".self_attn." in name:
@@ -104,7 +115,8 @@ def quantization_config(spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
         "mlp": r"re:.*\.mlp\.[a-z]+_proj",
         "experts": r"re:.*\.experts\..*",
     }
-    kept = [patterns[kind] for kind in KINDS if kind not in recipe.kinds]
+    kept = [patterns[kind] for kind in OF_LAYERS if kind not in recipe.kinds]
+    head = [] if "head" in recipe.kinds else ["lm_head"]
     weights = {
         "num_bits": recipe.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": recipe.group,
         "dynamic": False, "observer": "minmax", "block_structure": None, "actorder": None,
@@ -113,7 +125,7 @@ def quantization_config(spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "config_groups": {"group_0": group}, "kv_cache_scheme": None,
-        "ignore": ["lm_head", *([r"re:.*\.mlp\.gate"] if spec.num_experts else []), *kept],
+        "ignore": [*head, *([r"re:.*\.mlp\.gate"] if spec.num_experts else []), *kept],
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from protos.model.config_json import load_model_spec
 from tests.support.data.checkpoints import make_checkpoint
 from workers.model.weights import load_shard, whole_model
 from workers.quant import rewrite as module
-from workers.quant.rewrite import Recipe, kind_of, rewrite
+from workers.quant.rewrite import KINDS, Recipe, kind_of, rewrite
 from workers.quant.weight import QuantizedWeight, plain
 
 CPU = torch.device("cpu")
@@ -46,6 +47,32 @@ def test_the_loader_reads_what_was_written(tmp_path: Path, family: str, bits: in
         assert 0 < lost < (0.15 if bits == 4 else 0.01) * float(plain(one.o_weight, torch.float32).norm())
     assert torch.equal(before.embed, after.embed)
     assert all(0 < error["relative_error"] < (0.15 if bits == 4 else 0.01) for error in report["errors"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_head_is_quantised_on_demand(tmp_path: Path, bits: int) -> None:
+    source, target, report = _rewritten(tmp_path, "qwen3_moe", Recipe(bits, 16, KINDS))
+    (error,) = (error for error in report["errors"] if error["kind"] == "head")
+    assert error["layer"] is None
+    assert 0 < error["relative_error"] < (0.15 if bits == 4 else 0.01)
+    assert json.loads((target / "config.json").read_text())["quantization_config"]["ignore"] == [r"re:.*\.mlp\.gate"]
+    spec = load_model_spec(target)
+    before, after = (
+        load_shard(folder, load_model_spec(folder), whole_model(spec), torch.float32, CPU).lm_head
+        for folder in (source, target)
+    )
+    assert isinstance(after, QuantizedWeight)
+    one, other = plain(before, torch.float32), plain(after, torch.float32)
+    assert float((one - other).norm() / one.norm()) == pytest.approx(error["relative_error"], rel=1e-3)
+
+
+def test_a_head_that_is_the_embedding_is_refused(tmp_path: Path) -> None:
+    source, target = make_checkpoint(tmp_path / "source", "qwen3"), tmp_path / "target"
+    target.mkdir()
+    spec = replace(load_model_spec(source), tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="--only: head: the output matrix of this model is its embedding"):
+        rewrite(source, target, spec, Recipe(4, 16, KINDS), lambda *step: None)
+    assert not any(target.iterdir())
 
 
 def test_compressed_tensors_reads_it(tmp_path: Path) -> None:
@@ -102,7 +129,7 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         ("model.layers.3.mlp.gate.weight", ""),
         ("model.layers.3.self_attn.q_proj.bias", ""),
         ("model.embed_tokens.weight", ""),
-        ("lm_head.weight", ""),
+        ("lm_head.weight", "head"),
     ],
 )
 def test_kinds(name: str, kind: str) -> None:
