@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cluster.latency.fit import Costs, Floats, Sums, fit, numbers
-from cluster.latency.sparsity import Sparsity
+from cluster.latency.sparsity import Sparsity, budget_keys
 from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
@@ -160,3 +160,11 @@ def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> S
     contexts = starts + (lengths + 1) / 2
     visited = lengths * np.where(sparse > 0, keys(contexts), contexts)
     return StepCounts(lengths, np.zeros_like(starts), stops, visited, sparse * stops)
+
+
+def counts_of(spec: ModelSpec, steps: Sequence[Chunk], keys: Callable[[Floats], Floats] | None) -> StepCounts:
+    """Return the counts of steps of one chunk each, of which the last is sampled."""
+    counts = chunk_counts(steps, keys or (lambda contexts: budget_keys(spec, contexts)))
+    samples = np.zeros(len(steps))
+    samples[-1] = 1.0
+    return counts._replace(samples=samples)

@@ -9,8 +9,9 @@ from typing import Any
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype, shard_kv_token_bytes
 from cluster.config.topology import LayoutError, shard_weight_bytes
-from cluster.planner.balance import balanced_layers
-from cluster.planner.forecast import Costs, Forecast, predict
+from cluster.latency.balance import balanced_layers
+from cluster.latency.measured import Costs
+from cluster.planner.forecast import Forecast, predict
 from cluster.planner.memory import account, longest_context, precision_table, refusal, relayout
 from cluster.planner.subject import as_dense, as_sparse
 from cluster.planner.target import Target

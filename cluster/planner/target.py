@@ -13,8 +13,7 @@ import psutil
 from cluster.common.units import parse_bytes
 from cluster.config.deployment import Deployment
 from cluster.latency.hardware import Device, find_device, processor
-from cluster.planner.forecast import Costs
-from cluster.planner.measured import Measurements
+from cluster.latency.measured import Costs, Measurements
 from protos.errors import UserError
 from protos.node.environment import cpu_facts, usable_cores
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.bench.simulation.pipeline import Bar, Run, equal_times, simulate
 from cluster.config.deployment import Deployment
-from cluster.planner.forecast import Costs
+from cluster.latency.measured import Costs
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_dense, as_sparse
 from protos.errors import UserError

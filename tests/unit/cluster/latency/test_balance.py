@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.latency.balance import balanced_layers, layer_seconds
 from cluster.latency.hardware import load_hardware
-from cluster.planner.balance import balanced_layers, layer_seconds
 from cluster.planner.forecast import predict
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan

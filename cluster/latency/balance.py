@@ -8,8 +8,9 @@ import numpy as np
 
 from cluster.config.deployment import Deployment
 from cluster.config.topology import balance
+from cluster.latency.measured import Costs
+from cluster.latency.model import counts_of
 from cluster.latency.pipeline_work import stage_works
-from cluster.planner.forecast import Costs, counts_of
 from cluster.scheduler.chunking import chunks
 from protos.stage.messages import Span
 
