@@ -21,6 +21,7 @@ from protos.model import grid
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
+_CHUNK = StepCounts(2048.0, 0.0, 16384.0, 2048.0 * 16384.0, 0.0)  # of a long prompt, to tell stages by
 _REFRESH = 16  # steps after which their expected times are those of the newest costs
 
 
@@ -52,7 +53,7 @@ class LatencyModel:
         """
         self._spec = spec
         self._decode_work: Work = works[-1] if works else PlainWork()
-        self._prefill_work: Work = max(reversed(works), key=lambda work: work.layers) if works else PlainWork()
+        self._prefill_work: Work = _slowest(works, usual) if works else PlainWork()
         self._sparsity = Sparsity(spec)
         self._prefill, self._decode = Sums(), Sums()
         self._usual = usual
@@ -151,6 +152,13 @@ class LatencyModel:
         if share is not None:
             return share * pairs
         return part.length * float(self._sparsity.keys(np.array(pairs / part.length)))
+
+
+def _slowest(works: Sequence[ShardWork], usual: Costs | None) -> ShardWork:
+    """Return the work of the last of the stages that have most to do in a chunk: by usual costs, else by layers."""
+    if usual is None:
+        return max(reversed(works), key=lambda work: work.layers)
+    return max(reversed(works), key=lambda work: work.seconds(_CHUNK, usual))
 
 
 def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> StepCounts:
