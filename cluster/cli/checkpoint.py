@@ -132,7 +132,8 @@ def _print_quantized(report: dict[str, Any]) -> None:
     for error in report["errors"]:
         layers.setdefault(error["layer"], {})[error["kind"]] = error["relative_error"]
     for layer, errors in layers.items():
-        table.add_row("" if layer is None else str(layer), *(f"{errors[kind]:.2%}" if kind in errors else "" for kind in kinds))
+        cells = (f"{errors[kind]:.2%}" if kind in errors else "" for kind in kinds)
+        table.add_row("" if layer is None else str(layer), *cells)
     console.print(table)
     if "check" in report:
         print_report(report["check"], console)

@@ -30,7 +30,8 @@ def plan_shards(
 ) -> tuple[ShardSpec, ...]:
     """Return the shards of every stage, ordered by stage, then rank; a stage is a contiguous span of layers.
 
-    Args: `stage_layers` are the layers of each stage; None: so that all have about as much work (`layer_cost`).
+    Args: `stage_layers` are the layers of each stage; None: so that all have about as much work by weights
+        (`layer_cost`), from which a launch goes on to balance costs (`cluster.latency.balance`).
 
     Raises LayoutError: the model has too few layers, or its heads, experts or MLP columns do not divide.
     """

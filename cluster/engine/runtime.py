@@ -20,6 +20,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, end_ids, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.engine.stage_split import balance_stages, launch_fitting
 from cluster.engine.supervisor import PipelineSupervisor
 from cluster.kv_store.store import KvStore
 from cluster.latency.step_work import UNITS
@@ -64,7 +65,7 @@ class ClusterRuntime:
         Args:
             on_status: called at every start of the pipeline with what is being started.
         """
-        self.deployment = deployment
+        self.deployment = balance_stages(deployment)  # the same at every launch of this runtime that fits
         model = deployment.config.model
         self._tokenizer_path, has_text = tokenizer_file(model.path)
         self.ids_only = not has_text  # prompts and answers are token ids, without text
@@ -98,10 +99,10 @@ class ClusterRuntime:
         self.start()
 
     def _launch(self) -> Pipeline:
+        parts = self._tokenizer, self._ray, self._on_status, self.kv_store, self.constraints
         try:
-            return launch_pipeline(
-                self.deployment, self._tokenizer, self._ray, self._on_status, self.kv_store, self.constraints
-            )
+            self.deployment, pipeline = launch_fitting(self.deployment, lambda given: launch_pipeline(given, *parts))
+            return pipeline
         except BaseException:
             self._ray.close()  # the next attempt starts it anew: it may be the cause
             raise

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from cluster.latency.fit import Costs, Floats, Sums, fit, numbers
-from cluster.latency.sparsity import Sparsity
+from cluster.latency.sparsity import Sparsity, budget_keys
 from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
+_CHUNK = StepCounts(2048.0, 0.0, 16384.0, 2048.0 * 16384.0, 0.0)  # of a long prompt, to tell stages by
 _REFRESH = 16  # steps after which their expected times are those of the newest costs
 
 
@@ -52,7 +53,7 @@ class LatencyModel:
         """
         self._spec = spec
         self._decode_work: Work = works[-1] if works else PlainWork()
-        self._prefill_work: Work = max(reversed(works), key=lambda work: work.layers) if works else PlainWork()
+        self._prefill_work: Work = _slowest(works, usual) if works else PlainWork()
         self._sparsity = Sparsity(spec)
         self._prefill, self._decode = Sums(), Sums()
         self._usual = usual
@@ -153,6 +154,13 @@ class LatencyModel:
         return part.length * float(self._sparsity.keys(np.array(pairs / part.length)))
 
 
+def _slowest(works: Sequence[ShardWork], usual: Costs | None) -> ShardWork:
+    """Return the work of the last of the stages that have most to do in a chunk: by usual costs, else by layers."""
+    if usual is None:
+        return max(reversed(works), key=lambda work: work.layers)
+    return max(reversed(works), key=lambda work: work.seconds(_CHUNK, usual))
+
+
 def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> StepCounts:
     """Return the counts of steps of one chunk each, of which none is sampled; `keys` as of `LatencyModel.keys`."""
     starts, stops, sparse = (np.array(column, np.float64) for column in zip(*chunks, strict=True))
@@ -160,3 +168,11 @@ def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> S
     contexts = starts + (lengths + 1) / 2
     visited = lengths * np.where(sparse > 0, keys(contexts), contexts)
     return StepCounts(lengths, np.zeros_like(starts), stops, visited, sparse * stops)
+
+
+def counts_of(spec: ModelSpec, steps: Sequence[Chunk], keys: Callable[[Floats], Floats] | None) -> StepCounts:
+    """Return the counts of steps of one chunk each, of which the last is sampled."""
+    counts = chunk_counts(steps, keys or (lambda contexts: budget_keys(spec, contexts)))
+    samples = np.zeros(len(steps))
+    samples[-1] = 1.0
+    return counts._replace(samples=samples)

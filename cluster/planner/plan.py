@@ -9,8 +9,9 @@ from typing import Any
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype, shard_kv_token_bytes
 from cluster.config.topology import LayoutError, shard_weight_bytes
-from cluster.planner.balance import balanced_layers
-from cluster.planner.forecast import Costs, Forecast, predict
+from cluster.latency.balance import stage_layers
+from cluster.latency.measured import Costs
+from cluster.planner.forecast import Forecast, predict
 from cluster.planner.memory import account, longest_context, precision_table, refusal, relayout
 from cluster.planner.subject import as_dense, as_sparse
 from cluster.planner.target import Target
@@ -24,6 +25,7 @@ class Layout:
     refused: str
     dense: Forecast | None
     sparse: Forecast | None
+    notes: tuple[str, ...]  # of the layers of its stages
 
     @property
     def size(self) -> tuple[int, int]:
@@ -56,9 +58,7 @@ def make_plan(
     costs = target.costs_of(given) if chosen.dense else None
     if costs is not None and costs.is_rough:
         notes.append("times come from assumed shares of data-sheet rates: expect them to be off by a factor of two")
-    better = balanced_layers(given, context, costs) if costs is not None and stages > 1 else None
-    if better is not None:
-        notes.append(f"the stages are uneven: cluster.stage_layers: {better} gives each as much to do in a prefill")
+    notes += chosen.notes
     return {
         "model": {
             "type": spec.model_type,
@@ -127,11 +127,16 @@ def _sizes(deployment: Deployment, devices: int) -> Iterator[tuple[int, int]]:
 
 
 def _tried(deployment: Deployment, context: int, target: Target, stages: int, shards: int) -> Layout:
-    given = relayout(deployment, stages, shards)
+    plain = relayout(deployment, stages, shards)
+    given, notes = target.split(plain, context)
+    refused = refusal(given, context, target.memory)
+    if refused and not refusal(plain, context, target.memory):
+        notes = [f"stages of {list(stage_layers(given))} layers would take more equal times, but do not fit"]
+        given, refused = plain, ""
     costs: Costs | None = target.costs_of(given) if target.has_rates else None
     dense = predict(as_dense(given), context, costs) if costs else None
     sparse = predict(as_sparse(given), context, costs) if costs else None
-    return Layout(given, refusal(given, context, target.memory), dense, sparse)
+    return Layout(given, refused, dense, sparse, tuple(notes))
 
 
 def _active(whole: Deployment) -> int:

@@ -12,9 +12,9 @@ import psutil
 
 from cluster.common.units import parse_bytes
 from cluster.config.deployment import Deployment
+from cluster.latency.balance import split_stages
 from cluster.latency.hardware import Device, find_device, processor
-from cluster.planner.forecast import Costs
-from cluster.planner.measured import Measurements
+from cluster.latency.measured import Costs, Measurements
 from protos.errors import UserError
 from protos.node.environment import cpu_facts, usable_cores
 
@@ -54,17 +54,32 @@ class Target:
 
     def costs_of(self, deployment: Deployment) -> Costs:
         """Return what a unit of work costs on one shard of a deployment here; `has_rates` must be true."""
-        assert self.device is not None
-        name, link_s, is_rough = self.device.name, 1 / self.device.link, not self.device.measured
-        if self.kind == "cuda":
-            return Costs(self.device.costs(), f"hardware table: {name}", link_s, _HOP_S, is_rough=is_rough)
-        threads = deployment.config.cluster.threads(self.cores)
-        usual = self.device.costs(threads, deployment.config.cluster.num_actors)
-        found = self.measurements.costs_of(deployment, usual) if self.measurements is not None else None
-        if found is not None:
-            return replace(found, link_s=link_s, hop_s=_HOP_S)
+        table = self._table_costs(deployment)
+        if (measured := self._measured_costs(deployment, table)) is not None:
+            return measured
         why = "" if self.measurements is None else " (no steps of this model were measured here)"
-        return Costs(usual, f"hardware table: {threads} x {name}{why}", link_s, _HOP_S, is_rough=is_rough)
+        return replace(table, source=table.source + why)
+
+    def split(self, deployment: Deployment, context: int) -> tuple[Deployment, list[str]]:
+        """Return the deployment with its stages as a launch balances them here, and what there is to say of them."""
+        if not self.has_rates:
+            return deployment, []
+        table = self._table_costs(deployment)
+        return split_stages(deployment, context, table, self._measured_costs(deployment, table))
+
+    def _table_costs(self, deployment: Deployment) -> Costs:
+        assert self.device is not None
+        cluster, name, seconds = deployment.config.cluster, self.device.name, self.device.costs()
+        if self.kind == "cpu":
+            threads = cluster.threads(self.cores)
+            name, seconds = f"{threads} x {name}", self.device.costs(threads, cluster.num_actors)
+        is_rough = not self.device.measured
+        return Costs(seconds, f"hardware table: {name}", 1 / self.device.link, _HOP_S, is_rough=is_rough)
+
+    def _measured_costs(self, deployment: Deployment, table: Costs) -> Costs | None:
+        if self.measurements is None or (found := self.measurements.costs_of(deployment, table.seconds)) is None:
+            return None
+        return replace(found, link_s=table.link_s, hop_s=table.hop_s)
 
     def with_measurements(self, measurements: Measurements) -> Target:
         """Return the target with times that were measured on it."""

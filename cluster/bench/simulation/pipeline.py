@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from cluster.config.deployment import Deployment
+from cluster.latency.measured import Costs
 from cluster.latency.model import chunk_counts
 from cluster.latency.pipeline_work import even_steps, stage_works
 from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import ShardWork
-from cluster.planner.forecast import Costs
 from cluster.planner.memory import activation_width
 from cluster.scheduler.chunking import Chunk
 from cluster.scheduler.page_pool import PagePool

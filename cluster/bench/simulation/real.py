@@ -17,9 +17,8 @@ from cluster.bench.simulation.pipeline import simulate
 from cluster.config.deployment import Deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.latency.hardware import load_hardware
+from cluster.latency.measured import Costs, Measurements
 from cluster.latency.pipeline_work import measured_on
-from cluster.planner.forecast import Costs
-from cluster.planner.measured import Measurements
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_dense, load_subject
 from cluster.planner.target import cpu_target

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.bench.simulation.pipeline import Bar, Run, simulate
 from cluster.config.deployment import Deployment
-from cluster.planner.forecast import Costs
+from cluster.latency.measured import Costs
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_dense, as_sparse, with_chunks
 from protos.errors import UserError

@@ -16,6 +16,7 @@ from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.stage_split import balance_stages
 from cluster.hub.names import HubName
 from cluster.server.head import Head
 from cluster.stages.launcher import LaunchStatus
@@ -94,10 +95,10 @@ def load_measured(
     }  # fmt: skip
     if data_dir is not None:
         overrides["data_dir"] = data_dir
-    deployment = load_deployment(settings.config, overrides)
+    deployment = balance_stages(load_deployment(settings.config, overrides))
     if deployment.config.kv_cache.fraction is None and "kv_cache.bytes" not in overrides:
         overrides["kv_cache.bytes"] = kv_bytes_for(deployment, tokens)
-        deployment = load_deployment(settings.config, overrides)
+        deployment = balance_stages(load_deployment(settings.config, overrides))
     return deployment
 
 
@@ -121,7 +122,7 @@ def measured_head(
         with closing(Head(deployment, on_status, port=0)) as running:
             running.start()
             with Client(running.address) as client:
-                head = MeasuredHead(deployment, client, running.runtime)
+                head = MeasuredHead(running.runtime.deployment, client, running.runtime)
                 if bench.settings.warm_up:
                     head.serve(head.prompt(warm_up, 1 << 30), 4)
                 yield head

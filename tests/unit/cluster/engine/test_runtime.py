@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.common.errors import EngineError, StageError
-from cluster.config.deployment import ConfigError
+from cluster.common.errors import EngineError, PreflightError, StageError
+from cluster.config.deployment import ConfigError, Deployment
 from cluster.engine import runtime as runtime_module
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.pipeline import Pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
+from cluster.latency.balance import stage_layers, with_layers
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
 from cluster.text.templates.process import ChatTemplateError
@@ -198,6 +199,28 @@ def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.Monk
     assert len(closed) == 1
     runtime.close()
     assert len(closed) == 2
+
+
+def test_stages_that_do_not_fit_by_cost_are_split_by_weights_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launched: list[tuple[int, ...]] = []
+
+    def launch(deployment: Deployment, *_: object) -> Pipeline:
+        launched.append(stage_layers(deployment))
+        if launched[-1] != (2, 2):
+            raise PreflightError("no room")
+        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=(), num_pages=512, epoch=1), lambda: None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime_module, "balance_stages", lambda given: with_layers(given, [3, 1]))
+    monkeypatch.setattr(runtime_module, "launch_pipeline", launch)
+    runtime = LocalCluster(CONFIGS / "demo.yaml", {"data_dir": str(tmp_path)})
+    assert stage_layers(runtime.deployment) == (3, 1)
+    runtime.start()
+    assert stage_layers(runtime.deployment) == (2, 2)
+    runtime.restart()
+    runtime.close()
+    assert launched == [(3, 1), (2, 2), (2, 2)]
 
 
 def test_the_form_of_tool_calls_is_that_of_the_chat_template(runtime: FakeRuntime) -> None:

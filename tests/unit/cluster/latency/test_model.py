@@ -5,12 +5,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cluster.config.topology import plan_shards
 from cluster.latency.hardware import load_hardware
-from cluster.latency.model import LatencyModel, visited_share
+from cluster.latency.model import LatencyModel, counts_of, visited_share
 from cluster.latency.pipeline_work import stage_works
-from cluster.planner.subject import load_subject
+from cluster.planner.subject import as_sparse, load_subject
 from cluster.scheduler.chunking import Chunk, chunks
 from protos.jobs.sampling import SamplingParams
 from protos.model.spec import HeadBudget, SparseSpec
@@ -292,3 +294,22 @@ def test_a_head_that_knows_nothing_predicts_a_recorded_prompt() -> None:
     assert abs(with_usual[tenth]) < 0.15 < 0.3 < abs(without[tenth])
     worse = [abs(one) - abs(other) for one, other in zip(with_usual, without, strict=True)]
     assert max(worse[tenth:]) < 0.03, "no later prediction loses by it"
+
+
+def test_a_step_is_measured_at_the_stage_with_most_to_do():
+    """Not at the one with most layers, where layers differ."""
+    given = load_subject(NEEDLE, "cpu")
+    spec = replace(given.spec, num_hidden_layers=6, mlp_only_layers=(0, 1), intermediate_size=1 << 16)
+    works = stage_works(replace(given, spec=spec, shards=plan_shards(spec, 2, 1, [2, 4])))
+    chunk, usual = plan((0, 512)), load_hardware()["cpu-other"].costs()
+    by_cost, by_layers = LatencyModel(spec, works, usual), LatencyModel(spec, works)
+    assert (by_cost.features(chunk)[0], by_layers.features(chunk)[0]) == (2, 4)
+    same = stage_works(replace(given, shards=plan_shards(given.spec, 2, 1)))
+    assert LatencyModel(given.spec, same, usual)._prefill_work is same[1], "of equal ones the last"
+
+
+def test_counts_of_chunks():
+    spec = as_sparse(load_subject(NEEDLE, "cpu")).spec
+    steps = [Chunk(0, 10), Chunk(10, 14, True)]
+    counts = counts_of(spec, steps, lambda contexts: contexts / 2)
+    assert [np.asarray(part).tolist() for part in counts] == [[10, 4], [0, 1], [10, 14], [55, 25], [0, 14]]

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.latency.measured import Costs
 from cluster.latency.pipeline_work import stage_works
 from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import StepCounts
-from cluster.planner.forecast import Costs, counts_of, last_finish, predict
+from cluster.planner.forecast import last_finish, predict
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_sparse
-from cluster.scheduler.chunking import Chunk
 from tests.support.planner.models import subject
 
 FLOPS = Costs((0.0, 0.0, 1e-12, 0.0, 1e-12, 0.0, 0.0), "test")
@@ -62,13 +62,6 @@ def test_budgets_bound_the_keys(tmp_path: Path):
     spec = as_sparse(subject(tmp_path)).spec
     assert budget_keys(spec, np.array([100.0, 1e6])).tolist() == [100.0, 1000 + 6096 + 64]
     assert budget_keys(subject(tmp_path).spec, np.array([1e6])).tolist() == [1e6], "dense"
-
-
-def test_counts_of_chunks(tmp_path: Path):
-    spec = as_sparse(subject(tmp_path)).spec
-    steps = [Chunk(0, 10), Chunk(10, 14, True)]
-    counts = counts_of(spec, steps, lambda contexts: contexts / 2)
-    assert [np.asarray(part).tolist() for part in counts] == [[10, 4], [0, 1], [10, 14], [55, 25], [0, 14]]
 
 
 def test_arrays_and_numbers_agree(tmp_path: Path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.config.topology import LayoutError
 from cluster.latency.hardware import load_hardware
+from cluster.planner.memory import refusal, relayout
 from cluster.planner.plan import make_plan, recommend
 from cluster.planner.target import cpu_target, gpu_target, have_target
 from tests.support.planner.models import subject
@@ -70,6 +73,36 @@ def test_a_host_is_shared_by_all_shards(tmp_path: Path):
     assert split["fits"]
     assert split["memory"]["total_bytes"] > plan["memory"]["total_bytes"]
     assert split["longest_context"] < plan["longest_context"]
+
+
+# eight wide MLPs, each as much work as three layers of experts, in front of forty layers of experts
+UNEVEN = {"mlp_only_layers": [*range(8)], "intermediate_size": 6144 * 4}
+
+
+def layers(plan: dict[str, Any]) -> list[int]:
+    return [shard["layers"] for shard in plan["memory"]["shards"]]
+
+
+def test_stages_of_uneven_layers_are_balanced(tmp_path: Path):
+    plan = make_plan(subject(tmp_path, **UNEVEN), 1 << 17, gpu_target(TABLE, "4xh200"), (4, 1))
+    assert layers(plan) == [11, 13, 12, 12]
+    assert any(note.startswith("stages have [11, 13, 12, 12] layers: the slowest takes ") for note in plan["notes"])
+    unknown = make_plan(subject(tmp_path, **UNEVEN), 1 << 17, have_target(TABLE, "4x141GB"), (4, 1))
+    assert layers(unknown) == [5, 11, 16, 16], "by weights where the speed is unknown"
+
+
+def test_balanced_stages_that_do_not_fit_are_split_by_weights(tmp_path: Path):
+    """All shards of a host have as many pages of KV, of which the largest belong to the stage with most layers."""
+    shape = {"num_hidden_layers": 8, "vocab_size": 400_000, "hidden_size": 512, "moe_intermediate_size": 128}
+    given = subject(tmp_path, "cpu", eos_token_id=2, **shape)
+    plain = relayout(given, 2, 1)
+    fits = bisect(range(1 << 34), 0, key=lambda memory: 0 if refusal(plain, 64, memory) else 1)
+    tight = make_plan(given, 64, cpu_target(TABLE, str(fits), cores=2), (2, 1))
+    assert (layers(tight), tight["fits"]) == ([4, 4], True)
+    balanced = make_plan(given, 64, cpu_target(TABLE, "64GB", cores=2), (2, 1))
+    first, last = layers(balanced)
+    assert first > last, "the output head has most of the work of so short a prompt"
+    assert f"stages of [{first}, {last}] layers would take more equal times, but do not fit" in tight["notes"]
 
 
 def test_a_split_that_the_model_does_not_allow(tmp_path: Path):

@@ -10,7 +10,8 @@ import pytest
 
 from cluster.bench.simulation.pipeline import Run, simulate
 from cluster.config.deployment import Deployment
-from cluster.planner.forecast import Costs, predict
+from cluster.latency.measured import Costs
+from cluster.planner.forecast import predict
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_sparse, with_chunks
 from tests.support.planner.models import subject

@@ -1,20 +1,36 @@
-"""Costs that running heads have measured on this machine, as a plan uses them."""
+"""What units of work cost, for plans and the split of stages: as running heads have measured it on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.config.deployment import Deployment
 from cluster.latency.latency_file import Measured, measured_files
 from cluster.latency.model import LatencyModel
 from cluster.latency.pipeline_work import measured_on
-from cluster.planner.forecast import Costs
 from protos.model.spec import ModelSpec
 
+Floats = NDArray[np.float64]
+KeysOf = Callable[[Floats], Floats]  # keys that sparse rows visit, by their mean context
 _BY_THREADS = (False, True, True, True, True, True, False)  # of UNITS: fewer threads of a shard take longer for it
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a forecast stands on: seconds of each unit of `step_work.UNITS`, and where they come from."""
+
+    seconds: tuple[float, ...]
+    source: str
+    link_s: float = 0.0  # of one byte to the next stage
+    hop_s: float = 0.0  # of a message to the next stage, and of what the head does between steps
+    keys: KeysOf | None = None  # measured; None: what the budgets say
+    is_rough: bool = False  # they are assumed, not measured
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 from cluster.config.deployment import Deployment
 from cluster.latency.hardware import load_hardware
 from cluster.latency.latency_file import LatencyFile, Measured
+from cluster.latency.measured import Costs, Measurements
 from cluster.latency.model import LatencyModel
 from cluster.latency.pipeline_work import measured_on, stage_works
-from cluster.planner.forecast import Costs, predict
-from cluster.planner.measured import Measurements
+from cluster.planner.forecast import predict
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
 from cluster.planner.subject import as_dense, as_sparse, load_subject, with_chunks
