@@ -106,6 +106,22 @@ def test_the_largest_step_is_rehearsed_on_a_gpu_alone(tmp_path: Path, monkeypatc
     worker.close()
 
 
+def test_fp8_kv_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the largest step would be rehearsed, whose kernels such a GPU cannot compile."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(stage_worker, "use_gpu", lambda index: torch.device("cuda", index))
+    monkeypatch.setattr(stage_worker, "dummy_shard", lambda *given: pytest.fail("weights are made"))
+    request = pb.LoadRequest(
+        model_spec_json=SPEC.to_json(), shard=codec.encode(SHARD), dtype="bfloat16", device="cuda",
+        load_format="dummy", largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="fp8",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="kv_cache.dtype: fp8: needs a GPU of sm_89 or later, this is sm_80; use int8"):
+        StageWorker("", 1, 10.0).load(request, lambda progress: None)
+    request.kv_dtype = "int4"
+    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8, fp8"):
+        StageWorker("", 1, 10.0).load(request, lambda progress: None)
+
+
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
     worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
