@@ -115,7 +115,9 @@ def test_fp8_kv_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch
         model_spec_json=SPEC.to_json(), shard=codec.encode(SHARD), dtype="bfloat16", device="cuda",
         load_format="dummy", largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="fp8",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="kv_cache.dtype: fp8: needs a GPU of sm_89 or later, this is sm_80; use int8"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache\.dtype: fp8: needs a GPU of sm_89 or later, this is sm_80; use int8"
+    ):
         StageWorker("", 1, 10.0).load(request, lambda progress: None)
     request.kv_dtype = "int4"
     with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8, fp8"):
