@@ -339,16 +339,15 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack, uploa
         view = opened(stored.file).get_slice(stored.name)
         step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))  # 4 bytes: the widest stored dtype
         for start in range(0, target.shape[0], step):
-            rows = target[start : start + step]
-            first = piece.rows.start + stored.first_row + start
-            part = slice(first, first + rows.shape[0])
+            rows = range(*piece.rows)[start : start + step]
+            part = slice(stored.first_row + rows.start, stored.first_row + rows.stop)
             if piece.columns is None:
                 source = view[part]
             else:
                 region = (part, slice(*piece.columns))[:: -1 if stored.transposed else 1]
                 source = view[region] if stored.expert is None else view[(stored.expert, *region)]
                 source = source.T if stored.transposed else source
-            uploads.copy(rows, source)
+            uploads.copy(target[start : start + step], source)
 
     if spec.quant is None:
         return _Source(fill, uploads)
@@ -371,9 +370,8 @@ def _from_gguf(
         columns = None if piece.columns is None else range(*piece.columns)
         step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))
         for start in range(0, target.shape[0], step):
-            rows = target[start : start + step]
-            first = piece.rows.start + start
-            uploads.copy(rows, source.plain(piece.name, stored, range(first, first + rows.shape[0]), columns))
+            rows = range(*piece.rows)[start : start + step]
+            uploads.copy(target[start : start + step], source.plain(piece.name, stored, rows, columns))
 
     return _Source(fill, uploads, GgufMatrices(checkpoint, source) if keeps else None)
 
