@@ -143,12 +143,15 @@ class StageWorker:
         kv = PagedKV(
             shard.layers.size, shard.kv_heads.size, spec.head_dim, 1, request.page_size, dtype, self._device
         )  # fmt: skip
-        size = StepSize(request.largest_step, request.max_model_len, request.page_size)
+        context, token_bytes = request.max_model_len, request.context_token_bytes
+        if token_bytes:
+            context = max(1, min(context, self._available_bytes() // token_bytes))
+        size = StepSize(request.largest_step, context, request.page_size, max(1, request.sampled_rows))
 
         def make_runner(kv: PagedKV) -> ModelRunner:
             return ModelRunner(spec, shard, weights, kv, self._collectives, self._device)
 
-        return rehearse(make_runner, kv, spec, size, torch.cuda)
+        return rehearse(make_runner, kv, spec, size, torch.cuda, must_fit=not token_bytes)
 
     def _kv_type(self, name: str) -> torch.dtype:
         """Return the type of keys and values of this name, by default that of the weights.
