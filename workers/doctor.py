@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from protos.node.environment import version_of
-from workers.attention.flash import compute_family
+from workers.attention.cuda import compute_family
 from workers.kernels.build import best_path, kernel_family, load
 from workers.kernels.triton import PROVEN_ON
 
@@ -51,8 +51,16 @@ def _device_facts(index: int) -> dict[str, Any]:
         "capability": capability,
         "is_proven": capability in PROVEN_ON,
         "memory_bytes": properties.total_memory,
-        "kernels": compute_family(torch.device("cuda", index), torch.bfloat16, 128),
+        "kernels": _kernels(torch.device("cuda", index)),
     }
+
+
+def _kernels(device: torch.device) -> str:
+    """Return the `compute_family` of a GPU, which tries a library there; why not, where the GPU takes nothing."""
+    try:
+        return compute_family(device, torch.bfloat16, 128)
+    except RuntimeError as error:  # it is full, or another process has it for itself
+        return f"unknown: {str(error).splitlines()[0]}"
 
 
 def _nccl_version() -> str:

@@ -31,6 +31,8 @@ _CHUNK = 4096  # keys that one program estimates
 _SUMS_BYTES = 2 * 132 * 2 * 64 * 3 * 64 * 2  # tiles that programs of the estimate keep, on 132 multiprocessors
 _LINK_STEPS = 4  # tensors that a link from GPU to GPU holds at either end, at most (workers/transport/device.py)
 _SAMPLING_BYTES = 56  # of a token of the vocabulary, while one row is sampled in float64
+# rows whose log-probabilities are asked for, at a time; of a token of the vocabulary in each: float32, twice float64
+_SCORED_ROWS, _SCORED_BYTES = 64, 4 + 2 * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def step_bytes(spec: ModelSpec, shard: ShardSpec, step: GpuStep) -> int:
     if shard.is_last:
         vocab = shard.vocab.size
         head = step.tokens * 2 * WIDTH * hidden
-        head += max(step.sampled * vocab * (WIDTH + 4), step.sampled * vocab * 4 + vocab * _SAMPLING_BYTES)
+        sampled = max(step.sampled * vocab * (WIDTH + 4), step.sampled * vocab * 4 + vocab * _SAMPLING_BYTES)
+        head += max(sampled, min(step.tokens, _SCORED_ROWS) * vocab * _SCORED_BYTES)
     return _TABLES_BYTES + step.tokens * kept + max(attention, mlp, head)
 
 

@@ -159,6 +159,20 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     )
 
 
+def rehearsed_context(deployment: Deployment) -> tuple[int, int]:
+    """Return the longest context that the KV cache may hold, in tokens, and the bytes of memory for each of its tokens.
+
+    What is free after loading over these bytes bounds it too, where nobody asked for a context; else they are 0.
+    """
+    kv, longest = deployment.config.kv_cache, deployment.max_model_len
+    if not deployment.limits_context:
+        return longest, 0
+    token = kv_token_bytes(deployment)
+    if kv.bytes is not None:
+        return max(1, min(longest, kv.bytes // token)), token
+    return longest, max(1, int(token / (_MOST_FRACTION if kv.fraction is None else kv.fraction)))
+
+
 def _scratch_of_all(deployment: Deployment, loaded: Sequence[LoadProgress]) -> int:
     """Return the bytes that the largest step needs on any shard: as rehearsed if all shards did, else estimated."""
     rehearsed = [progress.rehearsed_bytes for progress in loaded]

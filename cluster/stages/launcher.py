@@ -27,7 +27,7 @@ from typing import Any
 from cluster.common.errors import PlacementError, StageError
 from cluster.common.text_format import one_line
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import compute_dtype, kv_dtype, step_tokens, weight_bytes
+from cluster.config.memory_budget import compute_dtype, kv_dtype, rehearsed_context, step_tokens, weight_bytes
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.links import links_of
 from cluster.stages.preflight import check_head, count_pages
@@ -267,8 +267,7 @@ class Launcher:
 
     def _load_request(self, shard: ShardSpec) -> pb.LoadRequest:
         config = self._deployment.config
-        # a context that nobody asked for is limited to what fits
-        rehearses = config.cluster.device == "cuda" and not self._deployment.limits_context
+        context, token_bytes = rehearsed_context(self._deployment)
         return pb.LoadRequest(
             model_path=str(config.model.path),
             model_spec_json=self._deployment.spec.to_json(),
@@ -279,8 +278,10 @@ class Launcher:
             store_path=self._meeting(shard),
             # ranks may finish loading that far apart
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
-            largest_step=step_tokens(self._deployment) if rehearses else 0,
-            max_model_len=self._deployment.max_model_len,
+            largest_step=step_tokens(self._deployment) if config.cluster.device == "cuda" else 0,
+            sampled_rows=config.prefill.max_num_seqs,
+            max_model_len=context,
+            context_token_bytes=token_bytes,
             page_size=config.kv_cache.page_size,
             kv_dtype=kv_dtype(self._deployment),
         )

@@ -42,7 +42,10 @@ _COLOURS = {"ok": "green", "slow": "yellow", "missing": "yellow", "error": "bold
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. Only `error` keeps Longreach from running; `missing` is an option that is not there."""
+    """One finding. Only `error` keeps Longreach from running; `missing` is an option that is not there.
+
+    `advice` has a line for each thing to know.
+    """
 
     name: str
     status: Status
@@ -106,7 +109,7 @@ def render(report: Report, console: Console) -> None:
     for column in ("check", "status", "finding"):
         table.add_column(column, overflow="fold")
     for check in report.checks:
-        finding = check.detail + (f"\n-> {check.advice}" if check.advice else "")
+        finding = "\n-> ".join([check.detail, *check.advice.splitlines()])
         table.add_row(check.name, f"[{_COLOURS[check.status]}]{check.status}[/]", escape(escape_controls(finding)))
     console.print(table)
     console.print("ready to run" if report.ok else "not ready: see the errors above")
@@ -280,7 +283,7 @@ def check_gpu() -> Check:
 
 
 def check_cuda_build(facts: Mapping[str, Any]) -> Check:
-    """Report whether torch can use the GPU that nvidia-smi shows, with which libraries and kernels; what is slow."""
+    """Report whether torch can use the GPU that nvidia-smi shows, its libraries and kernels, and all that is slow."""
     build, devices = facts.get("cuda_build") or "none", facts.get("devices", [])
     if not devices:
         return Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it")
@@ -289,17 +292,21 @@ def check_cuda_build(facts: Mapping[str, Any]) -> Check:
         f"{device['name']} (compute {device['capability']}, kernels {device['kernels']})" for device in devices
     )
     oldest = min(tuple(map(int, device["capability"].split("."))) for device in devices)
-    return judge(
-        "cuda", f"CUDA {build}, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {found}",
-        (oldest < (8, 0), "slow", "older than Ampere: bfloat16 is emulated, fused attention is not there"),
-        (not triton, "slow", "no Triton: sparse prefill is a loop on the host, hours for long prompts: install triton"),
-        (not nccl and len(devices) > 1, "slow", "no NCCL: a stage uses one GPU, stages exchange data over the host"),
+    rules = (
+        (oldest < (8, 0), "older than Ampere: bfloat16 is emulated, fused attention is not there"),
+        (not triton, "no Triton: sparse prefill is a loop on the host, hours for long prompts: install triton"),
+        (not triton, "no Triton: experts are multiplied one by one, and the host waits for each layer"),
+        (not nccl and len(devices) > 1, "no NCCL: a stage uses one GPU, stages exchange data over the host"),
         (
-            bool(triton) and not all(device.get("is_proven", True) for device in devices), "slow",
+            triton and not all(device.get("is_proven", True) for device in devices),
             "Triton's kernels are checked without GPUs, and were never run on such a one: pytest tests/gpu tells",
         ),
-        (oldest < (9, 0), "slow", "older than Hopper: PyTorch multiplies experts one by one and waits for each layer"),
-    )  # fmt: skip
+        (oldest < (8, 9), "no e4m3: kv_cache.dtype: fp8 needs compute 8.9 (use int8), products unpack FP8 weights"),
+        (triton and (8, 0) <= oldest < (9, 0), "older than Hopper: experts have our kernels alone, not PyTorch's"),
+    )
+    advice = "\n".join(line for applies, line in rules if applies)
+    detail = f"CUDA {build}, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {found}"
+    return Check("cuda", "slow" if advice else "ok", detail, advice)
 
 
 def check_compiler() -> Check:

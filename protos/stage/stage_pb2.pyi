@@ -39,7 +39,7 @@ class ShardSpec(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., layers: _Optional[_Union[Span, _Mapping]] = ..., heads: _Optional[_Union[Span, _Mapping]] = ..., kv_heads: _Optional[_Union[Span, _Mapping]] = ..., experts: _Optional[_Union[Span, _Mapping]] = ..., intermediate: _Optional[_Union[Span, _Mapping]] = ..., vocab: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_timeout_s", "largest_step", "max_model_len", "page_size", "kv_dtype")
+    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_timeout_s", "largest_step", "max_model_len", "page_size", "kv_dtype", "sampled_rows", "context_token_bytes")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,8 @@ class LoadRequest(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     model_spec_json: str
     shard: ShardSpec
@@ -64,7 +66,9 @@ class LoadRequest(_message.Message):
     max_model_len: int
     page_size: int
     kv_dtype: str
-    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ..., largest_step: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    sampled_rows: int
+    context_token_bytes: int
+    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ..., largest_step: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., sampled_rows: _Optional[int] = ..., context_token_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family", "gpu", "rehearsed_bytes")

@@ -65,13 +65,15 @@ def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Return the `flash.compute_family` of a device, with `-triton` where these kernels compute for this type and dim.
 
     Results of other kernels on the same device differ in their last bits, and those of sparse prefill in the pairs that
-    are visited: they depend on the tiles, and so on their rates, which are named too.
+    are visited: they depend on the tiles, and so on their rates, which are named too. `-own` says that dense plans run
+    through our kernel; few rows still go through the library before it (`cuda-9.0-cudnn-own-triton-10-7`).
     """
     family = flash.compute_family(device, dtype, dim)
     if not _takes(device, dtype, dim):
         return family
+    own = [] if flash.has_fast_kernel(device, dtype, dim) else [cards.OWN]
     rates = tile_rates(device, dim)
-    return "-".join([family, "triton", *(str(rates[tile]) for tile in TILES)])
+    return "-".join([family, *own, "triton", *(str(rates[tile]) for tile in TILES)])
 
 
 def tile_rates(device: torch.device, dim: int) -> dict[int, int]:

@@ -80,12 +80,17 @@ def has_fast_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 
 
 def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """Return the `kernel_family` of a device, with `-flash-attn` where that computes attention for this type and dim.
+    """Return the `kernel_family` of a device, with the library that `flash` calls for this type and dim.
 
-    The results of PyTorch's kernels on the same device differ in their last bits.
+    That is `-flash-attn`, `-cudnn` or `-flash` (`cuda-9.0-cudnn`): their results on one device differ in their last
+    bits. A device and type for which there is one kernel get none.
     """
     family = kernel_family(device)
-    return f"{family}-flash-attn" if supports_flash_attn(device, dtype, dim) else family
+    if supports_flash_attn(device, dtype, dim):
+        return f"{family}-{cards.FLASH_ATTN}"
+    if device.type == "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return family
+    return f"{family}-{_torch_library(device, dtype, dim)}"
 
 
 @functools.cache
@@ -144,11 +149,17 @@ def _operator(
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
         )
-    elif cards.dense_library(q.device, q.shape[3]) != cards.FLASH and _cudnn_works(q.device, q.dtype, q.shape[3]):
+    elif _torch_library(q.device, q.dtype, q.shape[3]) == cards.CUDNN:
         out, lse = _cudnn(q, k, v, causal, scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
+
+
+def _torch_library(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """Return which of PyTorch's two kernels for 16-bit types is called: `cards.CUDNN` or `cards.FLASH`."""
+    is_other = cards.dense_library(device, dim) == cards.FLASH
+    return cards.FLASH if is_other or not _cudnn_works(device, dtype, dim) else cards.CUDNN
 
 
 def _cudnn(

@@ -29,7 +29,7 @@ from workers.model.device.step import DeviceStep
 from workers.model.device.tables import DeviceTables
 from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import add_rms_norm, gated_mlp, linear
-from workers.model.moe import ExpertScratch, route, run_experts
+from workers.model.moe import ExpertScratch, route, run_experts, stays_on_device
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
@@ -89,8 +89,10 @@ class Decoder:
     @property
     def is_capturable(self) -> bool:
         """Whether steps that decode need nothing but the device: no other shard, and no host that reads results."""
-        experts = [each for layer in self._weights.layers for each in (layer.experts_gate_up, layer.experts_down)]
-        return self._collectives.size == 1 and all(each is None or isinstance(each, torch.Tensor) for each in experts)
+        layers = [(layer.input_norm, layer.experts_gate_up, layer.experts_down) for layer in self._weights.layers]
+        return self._collectives.size == 1 and all(
+            gate_up is None or down is None or stays_on_device(like, gate_up, down) for like, gate_up, down in layers
+        )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embed token ids `[T]` as `[T, M]`; each shard looks up its rows of the vocabulary, and the sum is exact."""

@@ -57,6 +57,13 @@ class ExpertScratch:
         return buffer[:count]
 
 
+def stays_on_device(x: torch.Tensor, gate_up: Experts, down: Experts) -> bool:
+    """Return whether `run_experts` never has the host wait for a device: kernels multiply rows like `x` with both."""
+    if isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight):
+        return quantised.supports(x, gate_up, down)
+    return isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and calls.supports(x.device)
+
+
 def run_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: Experts, down: Experts,
     local: Span, scratch: ExpertScratch | None = None,
@@ -76,13 +83,11 @@ def run_experts(
     tokens, top_k = experts.shape
     if compiled.is_packed(gate_up) and compiled.is_packed(down) and x.dtype == torch.bfloat16:
         return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
-    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and calls.supports(x.device):
-        return calls.run_experts(x, experts, weights, gate_up, down, local.start)
-    if (
-        isinstance(gate_up, QuantizedWeight)
-        and isinstance(down, QuantizedWeight)
-        and quantised.supports(x, gate_up, down)
-    ):
+    if stays_on_device(x, gate_up, down):
+        if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
+            return calls.run_experts(x, experts, weights, gate_up, down, local.start)
+        assert isinstance(gate_up, QuantizedWeight)
+        assert isinstance(down, QuantizedWeight)
         return quantised.run_experts(x, experts, weights, gate_up, down, local.start)
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)

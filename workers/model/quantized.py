@@ -12,6 +12,7 @@ import torch
 
 from protos.errors import UserError
 from protos.stage.messages import Span
+from workers.kernels.upload import Uploads
 from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
 from workers.quant.packed import PackedWeight, empty_packed
@@ -52,6 +53,7 @@ class Into(NamedTuple):
     device: torch.device
     pack: bool = False
     pairs: bool = False  # gate, then up
+    uploads: Uploads = Uploads(0)  # which copies plainly
 
 
 def load_experts(
@@ -134,23 +136,23 @@ class _Target:
             if isinstance(place, PackedWeight):
                 place.put(row, chunk)
             else:
-                _copy(place, row, chunk, region)
+                _copy(place, row, chunk, region, self._into.uploads)
 
     def _make(self, like: QuantizedWeight) -> QuantizedWeight | PackedWeight:
-        device, pack, pairs = self._into
+        device, pack, pairs, _ = self._into
         if pack and compiled.can_pack_codes(like, self._shape, device, pairs):
             return empty_packed(like, self._shape, pairs)
         return empty_like(like, self._shape, device)
 
 
-def _copy(place: QuantizedWeight, row: int, chunk: QuantizedWeight, region: Region) -> None:
+def _copy(place: QuantizedWeight, row: int, chunk: QuantizedWeight, region: Region, uploads: Uploads) -> None:
     """Copy rows of a region into a matrix, from row `row` on. Raises CheckpointError."""
     for name, part in chunk.parts.items():
         own = place.parts[name]
         if name != "order":
-            own[row : row + chunk.shape[0]].copy_(part)
+            uploads.copy(own[row : row + chunk.shape[0]], part)
         elif row == 0:
-            own.copy_(part)
+            uploads.copy(own, part)
         elif not torch.equal(own.cpu(), part):
             raise _error(region, "inputs in another order than those of its neighbours: not read")
 

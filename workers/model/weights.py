@@ -104,6 +104,7 @@ _Fill = Callable[[torch.Tensor, _Piece], None]  # copies the region of a piece t
 
 class _Source(NamedTuple):
     fill: _Fill  # of what is stored plain
+    uploads: Uploads  # of what is stored quantised
     matrices: MatrixSource | None = None  # of a quantised checkpoint
 
 
@@ -122,24 +123,23 @@ def load_shard(
 ) -> ShardWeights:  # fmt: skip
     """Read this shard's weights, converted to `dtype`, onto `device`; `model_dir` may be a GGUF file.
 
-    Anonymous host memory grows by the weights (unless they go to a device) and a few tens of MiB; the files stay in the
-    page cache. Embeddings that `spec` ties are loaded untied when the checkpoint stores an output matrix of its own, as
-    in transformers.
+    Host memory grows by the weights (unless they go to a device) and a few tens of MiB; files stay in the page cache.
+    Embeddings that `spec` ties are loaded untied when the checkpoint stores an output matrix of its own.
 
     Raises:
         CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
     """
     from protos.model.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(model_dir, spec)
+    checkpoint, uploads = Checkpoint.open(model_dir, spec), Uploads(_CHUNK_BYTES)
     spec = replace(spec, tie_word_embeddings=not checkpoint.has_own_head)
     with ExitStack() as stack:
         if is_gguf(model_dir):
             # a processor's products take codes as they are; in float32 nothing is rounded
             keeps = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
-            source = _from_gguf(checkpoint, model_dir, spec.head_dim, stack, keeps)
+            source = _from_gguf(checkpoint, model_dir, spec.head_dim, stack, uploads, keeps)
         else:
-            source = _from_files(checkpoint, spec, stack)
+            source = _from_files(checkpoint, spec, stack, uploads)
         return _build(source, spec, shard, dtype, torch.device(device), on_progress)
 
 
@@ -152,7 +152,9 @@ def dummy_shard(
         from workers.model.quantized_sources import RandomMatrices  # here: it needs safetensors
 
         matrices = RandomMatrices(spec, spec.quant, seed)
-    return _build(_Source(_random(spec, seed), matrices), spec, shard, dtype, torch.device(device), None)
+    return _build(
+        _Source(_random(spec, seed), Uploads(_CHUNK_BYTES), matrices), spec, shard, dtype, torch.device(device), None
+    )
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
@@ -179,7 +181,7 @@ def _build(
         matrices = source.matrices if name in _QUANTIZED else None
         if matrices is not None:
             plan = _Plan(plan.shape, tuple(plan.pieces))
-            regions, into = _regions(plan), Into(device, dtype == torch.bfloat16, name in in_pairs)
+            regions, into = _regions(plan), Into(device, dtype == torch.bfloat16, name in in_pairs, source.uploads)
             if matrices.keeps(regions, plan.shape, into.pairs):
                 return _make_quantized(source.fill, matrices, plan.shape, regions, dtype, into, advance)
         shape, pairs = plan.shape, name in in_pairs
@@ -324,7 +326,7 @@ def _stacked(columns: Span | None, *parts: tuple[str, Span]) -> _Plan:
     return _Plan((row, columns.size) if columns else (row,), tuple(pieces))
 
 
-def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _Source:
+def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack, uploads: Uploads) -> _Source:
     """Return what copies regions of safetensors files; slices are views of the mapped file, which the copy reads."""
     from safetensors import safe_open
 
@@ -332,32 +334,31 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _S
     def opened(file: str) -> Any:
         return stack.enter_context(safe_open(checkpoint.model_dir / file, framework="pt", device="cpu"))
 
-    uploads = Uploads(_CHUNK_BYTES)
-
     def fill(target: torch.Tensor, piece: _Piece) -> None:
         stored = checkpoint.tensors[piece.name]
         view = opened(stored.file).get_slice(stored.name)
         step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))  # 4 bytes: the widest stored dtype
         for start in range(0, target.shape[0], step):
-            rows = target[start : start + step]
-            first = piece.rows.start + stored.first_row + start
-            part = slice(first, first + rows.shape[0])
+            rows = range(*piece.rows)[start : start + step]
+            part = slice(stored.first_row + rows.start, stored.first_row + rows.stop)
             if piece.columns is None:
                 source = view[part]
             else:
                 region = (part, slice(*piece.columns))[:: -1 if stored.transposed else 1]
                 source = view[region] if stored.expert is None else view[(stored.expert, *region)]
                 source = source.T if stored.transposed else source
-            uploads.copy(rows, source)
+            uploads.copy(target[start : start + step], source)
 
     if spec.quant is None:
-        return _Source(fill)
+        return _Source(fill, uploads)
     from workers.model.quantized_sources import FileMatrices
 
-    return _Source(fill, FileMatrices(checkpoint, spec, spec.quant, opened))
+    return _Source(fill, uploads, FileMatrices(checkpoint, spec, spec.quant, opened))
 
 
-def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitStack, keeps: bool) -> _Source:
+def _from_gguf(
+    checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitStack, uploads: Uploads, keeps: bool
+) -> _Source:
     """Return what copies regions of a GGUF file; without `keeps` all are unpacked, a few rows at a time."""
     from workers.model.quantized_sources import GgufMatrices
     from workers.quant.gguf.source import GgufSource
@@ -369,11 +370,10 @@ def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitSta
         columns = None if piece.columns is None else range(*piece.columns)
         step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))
         for start in range(0, target.shape[0], step):
-            rows = target[start : start + step]
-            first = piece.rows.start + start
-            rows.copy_(source.plain(piece.name, stored, range(first, first + rows.shape[0]), columns))
+            rows = range(*piece.rows)[start : start + step]
+            uploads.copy(target[start : start + step], source.plain(piece.name, stored, rows, columns))
 
-    return _Source(fill, GgufMatrices(checkpoint, source) if keeps else None)
+    return _Source(fill, uploads, GgufMatrices(checkpoint, source) if keeps else None)
 
 
 def _random(spec: ModelSpec, seed: int) -> _Fill:

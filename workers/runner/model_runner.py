@@ -24,7 +24,7 @@ from workers.runner.sampler import Sampler, score
 from workers.transport.collectives import Collectives
 
 _log = logging.getLogger(__name__)
-_SCORED_ROWS = 64  # whose logits are in memory at a time
+SCORED_ROWS = 64  # whose logits are in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +212,8 @@ class ModelRunner:
         found: list[SampledToken] = []
         begin = 0
         for part in plan.slices:
-            for first in range(0, len(part.targets), _SCORED_ROWS):
-                last = min(first + _SCORED_ROWS, len(part.targets))
+            for first in range(0, len(part.targets), SCORED_ROWS):
+                last = min(first + SCORED_ROWS, len(part.targets))
                 logits = self.decoder.logits(hidden[begin + first : begin + last])  # every rank takes part
                 self.decoder.settle()
                 if self._collectives.rank == 0:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+_E4M3_CAPABILITY = (8, 9)  # of the first GPUs that convert e4m3
+
 
 def use_gpu(index: int) -> torch.device:
     """Make a GPU that of the calling thread and keep all threads of the process on its NUMA node; returns it.
@@ -30,6 +32,17 @@ def use_gpu(index: int) -> torch.device:
     if address := pci_address(torch.cuda.get_device_properties(device)):
         stay_on(near_cores(address))
     return device
+
+
+def check_kv_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError if a GPU cannot compute with keys and values of this type, in one line with the way out."""
+    if dtype != torch.float8_e4m3fn or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < _E4M3_CAPABILITY:
+        raise ValueError(
+            f"kv_cache.dtype: fp8: needs a GPU of sm_89 or later, this is sm_{found[0]}{found[1]}; use int8"
+        )
 
 
 def gpu_id(device: torch.device) -> str:

@@ -29,7 +29,7 @@ from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.runner.paced import PacedRunner, read_pace
 from workers.runner.rehearsal import StepSize, rehearse, warm_up
-from workers.stage.gpu import gpu_id, use_gpu
+from workers.stage.gpu import check_kv_dtype, gpu_id, use_gpu
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
 from workers.stage.tracer import Tracer
@@ -39,7 +39,6 @@ from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender,
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert e4m3
 DTYPE_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
 # Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
 # in the head process, on the cores that compute.
@@ -102,7 +101,8 @@ class StageWorker:
         """Read the weights and join the stage's group; returns the last progress message.
 
         Raises:
-            ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
+            ValueError: the checkpoint or the request is not usable, or the type of the KV cache is too new for the GPU.
+            RuntimeError: the group did not form.
         """
         self._spec = ModelSpec.from_json(request.model_spec_json)
         self._shard = read_message(ShardSpec, request.shard)
@@ -110,6 +110,7 @@ class StageWorker:
         self._device = torch.device(request.device)
         if self._device.type == "cuda":
             self._device = use_gpu(self._gpu)
+        self._kv_type(request.kv_dtype)  # before the minutes that weights take
         before = anonymous_bytes()
         if request.load_format == "dummy":
             self._weights = dummy_shard(self._spec, self._shard, self._dtype, self._device)
@@ -138,16 +139,31 @@ class StageWorker:
             return 0
         assert self._weights is not None
         spec, shard, weights = self._spec, self._shard, self._weights
-        dtype = KV_DTYPES[request.kv_dtype] if request.kv_dtype else self._dtype
+        dtype = self._kv_type(request.kv_dtype)
         kv = PagedKV(
             shard.layers.size, shard.kv_heads.size, spec.head_dim, 1, request.page_size, dtype, self._device
         )  # fmt: skip
-        size = StepSize(request.largest_step, request.max_model_len, request.page_size)
+        context, token_bytes = request.max_model_len, request.context_token_bytes
+        if token_bytes:
+            context = max(1, min(context, self._available_bytes() // token_bytes))
+        size = StepSize(request.largest_step, context, request.page_size, max(1, request.sampled_rows))
 
         def make_runner(kv: PagedKV) -> ModelRunner:
             return ModelRunner(spec, shard, weights, kv, self._collectives, self._device)
 
-        return rehearse(make_runner, kv, spec, size, torch.cuda)
+        return rehearse(make_runner, kv, spec, size, torch.cuda, must_fit=not token_bytes)
+
+    def _kv_type(self, name: str) -> torch.dtype:
+        """Return the type of keys and values of this name, by default that of the weights.
+
+        Raises:
+            ValueError: it is unknown, or too new for the GPU.
+        """
+        if name and name not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: {name!r}: must be one of {', '.join(KV_DTYPES)}")
+        dtype = KV_DTYPES[name] if name else self._dtype
+        check_kv_dtype(dtype, self._device)
+        return dtype
 
     def start(self, request: pb.StartRequest) -> None:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
@@ -157,21 +173,12 @@ class StageWorker:
             LinkClosed: a neighbour that tensors go to from device to device did not come.
         """
         assert self._weights is not None, "load comes first"
-        kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
-        if kv_dtype and kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
-        if kv_dtype == "fp8" and self._device.type == "cuda":
-            found = torch.cuda.get_device_capability(self._device)
-            if found < _FP8_CAPABILITY:
-                raise ValueError(
-                    f"kv_cache.dtype: fp8: needs a GPU of sm_89 or later, this is sm_{found[0]}{found[1]}; use int8"
-                )
+        downstream, dtype = request.downstream or request.downstream_socket, self._kv_type(request.kv_dtype)
         if bool(downstream) != (self._shard.num_stages > 1):
             raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
-        dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
-        self._kv, self._kv_dtype = kv, kv_dtype or DTYPE_NAMES[dtype]
+        self._kv, self._kv_dtype = kv, DTYPE_NAMES[dtype]
         collectives = self._collectives
         if request.trace:
             self._tracer = Tracer(collectives, self._spec.num_experts)

@@ -38,6 +38,12 @@ def test_facts_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ["cuda:0 torch.bfloat16 128", "cuda:1 torch.bfloat16 128"]
     device = {"name": "H200", "capability": "9.0", "is_proven": False, "memory_bytes": 141 << 30}
     assert facts["devices"] == [device | {"kernels": each} for each in kernels]
+
+    def refuse(*_: object) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(doctor, "compute_family", refuse)
+    assert [each["kernels"] for each in torch_facts()["devices"]] == ["unknown: CUDA out of memory"] * 2
     monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: False)
     facts = torch_facts()
     assert (facts["nccl"], facts["nccl_version"]) == (False, None)

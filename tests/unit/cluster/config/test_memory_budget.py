@@ -8,7 +8,7 @@ import pytest
 
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.config.memory_budget import kv_budget, scratch_bytes, weight_bytes
+from cluster.config.memory_budget import kv_budget, kv_token_bytes, rehearsed_context, scratch_bytes, weight_bytes
 from cluster.config.topology import kv_bytes_per_token, product_params
 from cluster.stages.preflight import count_pages
 from protos.model.grid import largest_cell
@@ -54,6 +54,24 @@ def test_a_fraction_is_of_what_a_step_leaves():
     assert kv_budget(given, loaded(2 * room), 2) == free // 2
     with pytest.raises(PreflightError, match=r"kv_cache.fraction: no room: .* 0B an actor are left: 0 tokens"):
         kv_budget(given, loaded(scratch(given)), 1)
+
+
+def test_a_rehearsed_context_is_at_least_as_long_as_what_kv_holds():
+    asked = deployment(model__max_model_len=3000)
+    assert rehearsed_context(asked) == (3000, 0)
+    for fraction, size in ((None, None), (0.1, None), (0.9, None), (1.0, None), (None, "1MiB"), (None, "64GiB")):
+        given = deployment(kv_cache__bytes=size, kv_cache__fraction=fraction, model__max_model_len=None)
+        for free in (2, 20, 200, 20_000):
+            room = scratch(given) + free * MIB
+            try:
+                allowed = count_pages(given, loaded(room), 1) * given.config.kv_cache.page_size
+            except PreflightError:
+                continue
+            context, token_bytes = rehearsed_context(given)
+            assert min(context, room // token_bytes) >= min(allowed, given.max_model_len), (fraction, size, free)
+    tokens = MIB // kv_token_bytes(given)
+    small = deployment(kv_cache__bytes="1MiB", model__max_model_len=None)
+    assert rehearsed_context(small) == (tokens, kv_token_bytes(small))
 
 
 def test_what_is_left_out_is_as_much_as_one_context_needs():

@@ -199,7 +199,8 @@ def test_the_compiler_is_the_one_that_builds_the_kernels(tmp_path: Path, monkeyp
         ("12.0", 1, None, "3.6.0", "ok", ""),
         ("9.0", 2, None, "3.6.0", "slow", "no NCCL: a stage uses one GPU"),
         ("9.0", 1, "2.29.3", None, "slow", "no Triton: sparse prefill is a loop"),
-        ("8.9", 1, "2.29.3", "3.6.0", "slow", "older than Hopper: PyTorch multiplies experts one by one"),
+        ("8.9", 1, "2.29.3", "3.6.0", "slow", "older than Hopper: experts have our kernels alone"),
+        ("8.6", 1, "2.29.3", "3.6.0", "slow", "no e4m3: kv_cache.dtype: fp8 needs compute 8.9 (use int8)"),
         ("7.5", 1, "2.29.3", "3.6.0", "slow", "older than Ampere"),
     ],
 )
@@ -215,11 +216,24 @@ def test_cuda_build(
     assert check.detail == f"CUDA 12.8, NCCL {nccl or 'none'}, Triton {triton or 'none'}: {', '.join([each] * count)}"
 
 
-def test_kernels_that_never_ran_on_such_a_gpu() -> None:
-    device = {"name": "H200", "capability": "9.0", "kernels": "triton", "is_proven": False}
-    facts = {"devices": [device], "cuda_build": "12.8", "nccl_version": None, "triton": "3.7.1"}
+def lines(
+    capability: str, *, triton: str | None = "3.7.1", is_proven: bool = True, nccl: str | None = None
+) -> list[str]:
+    """Return the first words of all that is said of two such GPUs."""
+    device = {"name": "GPU", "capability": capability, "kernels": "triton", "is_proven": is_proven}
+    facts = {"devices": [device] * 2, "cuda_build": "12.8", "nccl_version": nccl, "triton": triton}
     check = doctor.check_cuda_build(facts)
-    assert (check.status, "never run on such a one" in check.advice) == ("slow", True)
+    assert (check.status == "ok") == (not check.advice)
+    return [line.partition(": ")[0].partition(",")[0] for line in check.advice.splitlines()]
+
+
+def test_all_that_applies_to_a_gpu_is_said() -> None:
+    unproven, no_nccl = "Triton's kernels are checked without GPUs", "no NCCL"
+    assert lines("9.0", nccl="2.29.3") == []
+    assert lines("9.0", is_proven=False) == [no_nccl, unproven]
+    assert lines("8.9", is_proven=False) == [no_nccl, unproven, "older than Hopper"]
+    assert lines("8.0", is_proven=False) == [no_nccl, unproven, "no e4m3", "older than Hopper"]
+    assert lines("7.5", triton=None, is_proven=False) == ["older than Ampere", *["no Triton"] * 2, no_nccl, "no e4m3"]
 
 
 def test_the_oldest_gpu_decides() -> None:
@@ -234,15 +248,16 @@ def test_a_gpu_that_torch_does_not_see() -> None:
 
 
 def test_report_and_table() -> None:
-    report = Report((Check("one", "slow", "[red]why[/red]", "do [this]"), Check("two", "missing", "gone")))
+    report = Report((Check("one", "slow", "[red]why[/red]", "do [this]\nand that"), Check("two", "missing", "gone")))
     assert report.ok
     assert not Report((*report.checks, Check("three", "error", "broken"))).ok
-    assert json.loads(json.dumps(report.to_json()))["checks"][0]["advice"] == "do [this]"
+    assert json.loads(json.dumps(report.to_json()))["checks"][0]["advice"] == "do [this]\nand that"
     console = Console(file=io.StringIO(), width=100)
     doctor.render(report, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]why[/red]" in text
     assert "-> do [this]" in text
+    assert "-> and that" in text
     assert "ready to run" in text
 
 

@@ -155,14 +155,34 @@ def test_what_is_taken(q: Like, cache: torch.dtype, plan: AttentionPlan, expecte
 @pytest.mark.usefixtures("on_hopper")
 def test_kv_of_these_kernels_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "supports_flash_attn", lambda *_: False)
+    monkeypatch.setattr(flash, "_cudnn_works", lambda *_: True)
     gpu = torch.device("cuda")
-    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton-10-7"
+    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-cudnn-triton-10-7"
     assert cuda.compute_family(gpu, torch.float32, 128) == "cuda-9.0"
     monkeypatch.setattr(cards, "tile_rates", lambda *_: {128: 3.1, 64: 2.0})
-    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-triton-3-2", "other tiles, other pairs"
+    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-cudnn-triton-3-2", "other tiles, other pairs"
     monkeypatch.setattr("workers.kernels.device.has_triton", lambda: False)
-    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0"
+    assert cuda.compute_family(gpu, torch.bfloat16, 128) == "cuda-9.0-cudnn"
     assert cuda.compute_family(CPU, torch.bfloat16, 128) == flash.compute_family(CPU, torch.bfloat16, 128)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("named", "works", "expected"),
+    [
+        (None, True, "cudnn"), (None, False, "flash-own"), ("own", True, "cudnn-own"), ("own", False, "flash-own"),
+        ("flash", True, "flash"), ("flash", False, "flash"), ("cudnn", True, "cudnn"), ("cudnn", False, "flash-own"),
+    ],
+)  # fmt: skip
+def test_kv_of_another_dense_kernel_is_told_apart(
+    named: str | None, works: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card is measured, or a library stops working: that is another family."""
+    monkeypatch.setattr(flash, "_flash_attn_func", lambda: None)
+    monkeypatch.setattr(flash, "_cudnn_works", lambda *_: works)
+    monkeypatch.setattr(cards, "dense_library", lambda *_: named)
+    family = cuda.compute_family(torch.device("cuda"), torch.bfloat16, 128)
+    assert family == f"cuda-9.0-{expected}-triton-10-7"
 
 
 def test_attend_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from workers.attention import cards, torch_backend
 from workers.attention import flash as module
-from workers.attention import torch_backend
 from workers.attention.flash import compute_family, flash, has_fast_kernel, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Queries
 from workers.bench.cases.attention import attend_reference
@@ -81,13 +81,21 @@ def test_flash_attn_is_chosen_where_it_can_run(
 
 
 @pytest.mark.usefixtures("installed")
-def test_kv_of_flash_attn_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_of_every_library_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-flash-attn"
-    assert compute_family(CUDA, torch.float32, 128) == "cuda-9.0", "PyTorch's kernels compute"
+    assert compute_family(CUDA, torch.float32, 128) == "cuda-9.0", "one kernel of PyTorch computes"
     assert compute_family(CPU, torch.bfloat16, 128) == kernel_family(CPU)
+    monkeypatch.setattr(module, "_cudnn_works", lambda *_: True)
+    assert compute_family(CUDA, torch.float16, 264) == "cuda-9.0-cudnn", "flash-attn takes no such heads"
+    with cards.using(cards.CUDNN):
+        assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-cudnn"
+    with cards.using(cards.FLASH):
+        assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-flash"
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     module._flash_attn_func.cache_clear()
-    assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0"
+    assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-cudnn"
+    monkeypatch.setattr(module, "_cudnn_works", lambda *_: False)
+    assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-flash"
 
 
 @pytest.mark.usefixtures("installed")
@@ -142,6 +150,39 @@ def test_cudnn_is_used_where_it_agrees(operator: Cudnn, expected: bool, monkeypa
     monkeypatch.setattr(torch.ops, "aten", operator)
     works = module._cudnn_works.__wrapped__
     assert works(CPU, torch.bfloat16, DIM) is expected
+
+
+@pytest.mark.parametrize(
+    ("named", "works", "called"),
+    [
+        (None, True, "cudnn"), (None, False, "flash"), ("own", True, "cudnn"), ("flash", True, "flash"),
+        ("cudnn", False, "flash"), ("flash-attn", True, "cudnn"),
+    ],
+)  # fmt: skip
+def test_the_family_names_the_operator_that_is_called(
+    named: str | None, works: bool, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without content; flash-attn is not installed."""
+    calls = []
+
+    class Operators:
+        def _scaled_dot_product_flash_attention(self, q: torch.Tensor, *_: object, scale: float) -> object:
+            calls.append("flash")
+            return q, q[..., 0], None
+
+        def _scaled_dot_product_cudnn_attention(self, q: torch.Tensor, *_: object, scale: float) -> object:
+            calls.append("cudnn")
+            return q, q[..., 0], None
+
+    monkeypatch.setattr(torch.ops, "aten", Operators())
+    monkeypatch.setattr(cards, "dense_library", lambda *_: named)
+    monkeypatch.setattr(module, "_cudnn_works", lambda *_: works)
+    monkeypatch.setattr(module, "_flash_attn_func", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q, k, v = torch.empty(3, 8, 8, DIM, dtype=torch.bfloat16, device="meta")
+    flash(q, k, v, False, 0.25)
+    assert calls == [called]
+    assert compute_family(CUDA, torch.bfloat16, DIM) == f"cuda-9.0-{called}"
 
 
 def test_pytorch_here_has_no_cudnn() -> None:

@@ -9,7 +9,9 @@ import torch
 
 from protos.model.checkpoint import CheckpointError
 from protos.stage.messages import Span
+from tests.support.fakes.events import Events
 from tests.unit.workers.quant.test_weight import make
+from workers.kernels.upload import Uploads
 from workers.model import compiled
 from workers.model.quantized import Into, Region, load_experts, load_matrix
 from workers.quant.packed import PackedWeight
@@ -92,6 +94,15 @@ def test_large_matrices_are_read_in_chunks() -> None:
     weight = load(source, region("q", 1000, columns=4096))
     assert max(source.rows) == 64
     assert torch.equal(wide(weight), wide(source.weights["q"]))
+
+
+def test_parts_go_to_a_device_through_its_buffers() -> None:
+    """Of every chunk: codes, scales and zero points; and the order of the inputs once."""
+    events, source = Events(), Matrices(q=make("int4", 1000, 4096, 128, zeros=True, order=True))
+    uploads = Uploads(1 << 20, events, kind="cpu", pin=False)
+    weight = load(source, region("q", 1000, columns=4096), into=Into(CPU, uploads=uploads))
+    assert torch.equal(wide(weight), wide(source.weights["q"]))
+    assert events.calls.count(("record", 1)) + events.calls.count(("record", 2)) == 3 * -(-1000 // 64) + 1
 
 
 def test_experts() -> None:

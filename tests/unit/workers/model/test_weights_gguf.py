@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -12,8 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from protos.model.config_json import load_model_spec
 from tests.support.data.checkpoints import make_checkpoint
+from tests.support.fakes.events import Events
 from tests.support.gguf_files import convert
 from tests.unit.workers.model.test_weights import shards
+from workers.kernels.upload import Uploads
 from workers.model import compiled
 from workers.model.weights import ShardWeights, load_shard, whole_model
 from workers.quant.packed import PackedWeight, look_up
@@ -69,6 +72,16 @@ def test_mixed_blocks_are_unpacked_as_the_reference_does(tmp_path: Path) -> None
         assert torch.equal(layer.router, one["ffn_gate_inp"])
         assert torch.equal(layer.experts_gate_up, torch.cat([one["ffn_gate_exps"], one["ffn_up_exps"]], dim=1))
         assert torch.equal(layer.experts_down, one["ffn_down_exps"])
+
+
+def test_unpacked_blocks_go_to_a_device_through_its_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, moe_intermediate_size=64)
+    path, events = convert(folder, tmp_path / "m.gguf", lambda name: Kind.Q4_0), Events()
+    spec = load_model_spec(path)
+    plain = load_shard(path, spec, whole_model(spec), torch.float32, "cpu")
+    monkeypatch.setattr("workers.model.weights.Uploads", partial(Uploads, make_event=events, kind="cpu", pin=False))
+    assert_equal(load_shard(path, spec, whole_model(spec), torch.float32, "cpu"), plain)
+    assert events.calls.count(("record", 1)) > 10
 
 
 KEPT = {"token_embd": Kind.Q5_0, "attn_v": Kind.Q8_0, "output": Kind.Q8_0, "ffn_gate_inp": Kind.F32}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from protos.model.config_json import load_model_spec
+from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import DualChunkSpec, ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from tests.support.decode_plans import ORDERS, DecodePlans
@@ -17,8 +18,10 @@ from tests.support.replayed import ReplayedOnCPU
 from workers.attention import compiled as compiled_attention
 from workers.bench.model import benchmark_spec
 from workers.kernels.triton.layer import calls
+from workers.kernels.triton.quant import calls as quantised
 from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, whole_model
+from workers.quant.weight import QuantizedWeight
 from workers.runner import decode_graphs
 from workers.runner.decode_graphs import Graph, row_counts
 from workers.runner.model_runner import ModelRunner, StepOutput
@@ -74,7 +77,8 @@ def memory_of(one: ModelRunner) -> set[int]:
     decoder, graphs = one.decoder, one._graphs
     assert graphs is not None
     weights = decoder._weights
-    tensors = [getattr(layer, each.name) for layer in weights.layers for each in fields(layer)]
+    named = [getattr(layer, each.name) for layer in weights.layers for each in fields(layer)]
+    tensors = [part for one in named for part in (one.parts.values() if isinstance(one, QuantizedWeight) else (one,))]
     tensors += [weights.embed, weights.norm, weights.lm_head, *decoder._head_norms, decoder._rotary._inv_freq]
     tensors += [one._kv._data, one._kv._scales, one._device_tables.slots, graphs._inputs._there, graphs._hidden]
     tensors += [graphs._outputs.hidden, graphs._outputs.logits, graphs._outputs.chosen]
@@ -113,6 +117,34 @@ def test_rows_that_join_and_leave(
     assert graphs.decoder.layers_done >= eager.decoder.layers_done == len(plans)
     monkeypatch.setattr(calls, "supports", lambda device: False)
     compare(mine, decode(runner(spec, cache), plans), bound)
+
+
+@pytest.mark.parametrize(("scheme", "capability"), [
+    (QuantScheme("awq", 4, group=16, has_zeros=True), (8, 0)),
+    (QuantScheme("fp8", 8, is_float=True, group=128, block_rows=128), (8, 0)),
+    (QuantScheme("fp8", 8, is_float=True, group=128, block_rows=128), (9, 0)),
+], ids=["int4", "fp8", "fp8-scaled"])  # fmt: skip
+def test_quantised_experts(
+    scheme: QuantScheme, capability: tuple[int, int], kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their products never wait for the host; where weights are dequantised instead, the host sorts rows."""
+    spec = replace(PLAIN, quant=scheme)
+    assert not runner(spec).capture_decode(2, ReplayedOnCPU())
+    monkeypatch.setattr(quantised, "_TYPES", (torch.float32,))
+    monkeypatch.setattr(quantised, "capability", lambda device: capability)
+    plans = DecodePlans(PAGE, PAGES, 97, orders=[order for order in ORDERS if len(order) <= 3][:6]).make()
+    recorder, graphs = ReplayedOnCPU(), runner(spec)
+    assert isinstance(graphs.decoder._weights.layers[0].experts_down, QuantizedWeight)
+    assert graphs.capture_decode(3, recorder)
+    for recording in recorder.recordings:
+        assert set(recording.read) <= memory_of(graphs)
+    mine = decode(graphs, plans)
+    compare(mine, decode(runner(spec), plans), 1e-5)
+    assert recorder.replays == len(plans)
+    monkeypatch.setattr(quantised, "supports", lambda x, *weights: False)
+    assert not runner(spec).capture_decode(2, ReplayedOnCPU())
+    if capability < (8, 9):  # whose activations are not rounded
+        compare(mine, decode(runner(spec), plans), 1e-4)
 
 
 def test_the_needle_checkpoint(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:

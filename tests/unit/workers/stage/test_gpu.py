@@ -13,7 +13,7 @@ import torch
 
 from tests.support.paths import ROOT
 from workers.stage import gpu
-from workers.stage.gpu import gpu_id, near_cores, pci_address, use_gpu
+from workers.stage.gpu import check_kv_dtype, gpu_id, near_cores, pci_address, use_gpu
 
 ADDRESS = "0000:1a:00.0"
 
@@ -92,3 +92,29 @@ def test_a_gpu_has_a_name_where_others_can_reach_it(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(gpu.dist, "is_nccl_available", lambda has_nccl=has_nccl: has_nccl)
         assert gpu_id(torch.device("cuda", 1)) == ("GPU-1" if has_nccl else "")
         assert gpu_id(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_refused"),
+    [
+        ((8, 0), torch.float8_e4m3fn, True),
+        ((8, 6), torch.float8_e4m3fn, True),
+        ((8, 9), torch.float8_e4m3fn, False),
+        ((9, 0), torch.float8_e4m3fn, False),
+        ((8, 0), torch.int8, False),
+        ((8, 0), torch.bfloat16, False),
+    ],
+)
+def test_fp8_kv_needs_a_gpu_that_converts_it(
+    capability: tuple[int, int], dtype: torch.dtype, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    check_kv_dtype(dtype, torch.device("cpu"))
+    if not is_refused:
+        check_kv_dtype(dtype, torch.device("cuda", 0))
+        return
+    name = "".join(map(str, capability))
+    with pytest.raises(
+        ValueError, match=f"^kv_cache.dtype: fp8: needs .* sm_89 or later, this is sm_{name}; use int8$"
+    ):
+        check_kv_dtype(dtype, torch.device("cuda", 0))

@@ -89,21 +89,47 @@ def test_the_kernels_of_the_type_and_head_dim_are_named(tmp_path: Path, monkeypa
 def test_the_largest_step_is_rehearsed_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def rehearse(make_runner: object, kv: object, spec: ModelSpec, size: StepSize, memory: object) -> int:
-        asked.append((kv, spec, size, memory))
+    def rehearse(
+        make_runner: object, kv: object, spec: ModelSpec, size: StepSize, memory: object, must_fit: bool
+    ) -> int:
+        asked.append((kv, spec, size, memory, must_fit))
         return 123
 
     monkeypatch.setattr(stage_worker, "rehearse", rehearse)
     monkeypatch.setattr(stage_worker, "PagedKV", lambda *given: given)
     worker, gpu = loaded(tmp_path), torch.device("cuda", 0)
-    request = pb.LoadRequest(largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="int8")
+    request = pb.LoadRequest(largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="int8", sampled_rows=3)
     assert worker._rehearse(request) == 0
     monkeypatch.setattr(worker, "_device", gpu)
     assert worker._rehearse(pb.LoadRequest()) == 0, "not asked for"
     assert worker._rehearse(request) == 123
     kv = (LAYERS, 2, 16, 1, PAGE, torch.int8, gpu)
-    assert asked == [(kv, SPEC, StepSize(64, 500, PAGE), torch.cuda)]
+    assert asked.pop() == (kv, SPEC, StepSize(64, 500, PAGE, 3), torch.cuda, True)
+    monkeypatch.setattr(worker, "_available_bytes", lambda: 123_456)
+    for token_bytes, context in ((1000, 123), (10, 500), (1 << 20, 1)):
+        request.context_token_bytes = token_bytes
+        assert worker._rehearse(request) == 123
+        assert asked.pop()[2:] == (StepSize(64, context, PAGE, 3), torch.cuda, False), "of a context nobody asked for"
+    assert not asked
     worker.close()
+
+
+def test_fp8_kv_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the largest step would be rehearsed, whose kernels such a GPU cannot compile."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(stage_worker, "use_gpu", lambda index: torch.device("cuda", index))
+    monkeypatch.setattr(stage_worker, "dummy_shard", lambda *given: pytest.fail("weights are made"))
+    request = pb.LoadRequest(
+        model_spec_json=SPEC.to_json(), shard=codec.encode(SHARD), dtype="bfloat16", device="cuda",
+        load_format="dummy", largest_step=64, max_model_len=500, page_size=PAGE, kv_dtype="fp8",
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"kv_cache\.dtype: fp8: needs a GPU of sm_89 or later, this is sm_80; use int8"
+    ):
+        StageWorker("", 1, 10.0).load(request, lambda progress: None)
+    request.kv_dtype = "int4"
+    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8, fp8"):
+        StageWorker("", 1, 10.0).load(request, lambda progress: None)
 
 
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
