@@ -46,7 +46,7 @@ def attend_dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan,
     """Compute attention `[T, H, D]` of rows over all keys up to their own; `scale` is the factor on their logits."""
     if runs_triton(q.intra.device):
         whole = list(_partial_results(q, kv, table, plan, scale, 0, plan.length))
-        return _merge_on_device(whole).to(q.intra.dtype)
+        return merge_on_device(whole).to(q.intra.dtype)
     outputs = []  # of the rows, in order
     for row in range(0, plan.length, DENSE_ROWS):
         parts = _partial_results(q, kv, table, plan, scale, row, min(row + DENSE_ROWS, plan.length))
@@ -82,7 +82,7 @@ def _merge(
     return merged, torch.logaddexp(lse, new[1])
 
 
-def _merge_on_device(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def merge_on_device(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Weight results by their sums of exponentials, those of a context in one run of slots in one launch."""
     from workers.kernels.triton.merge import MOST_PARTS, merge_parts
 

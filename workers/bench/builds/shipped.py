@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from protos.model.spec import HeadBudget, SparseSpec
-from workers.attention import cuda
+from workers.attention import cuda, torch_backend
 from workers.attention.plan import AttentionPlan, Queries
 from workers.bench.builds.limits import Limits, Shipped
 from workers.kv.paged import LayerKV, PageTable
@@ -36,6 +36,7 @@ ATTENTION = {
     "dense_attention_kernel": _PREFILL,
     "sparse_attention_kernel": _PREFILL,
 }
+JOINED = {"merge_parts_kernel": Limits(registers=128)}
 SELECTION = {
     "lse_kernel": Limits(units="own", copies=1, shuffles=36),
     # a tile of 128 x 64 probabilities takes at most 24 shuffles a thread, those between items included
@@ -79,6 +80,7 @@ def _attention() -> Iterator[Shipped]:
             if dim == DIM or name == "bf16":
                 call, least = partial(_attend, dim, cache), E4M3 if name == "fp8" else 80
                 yield Shipped(f"prefill, heads of {dim}, {name} KV", call, ATTENTION, least)
+        yield Shipped(f"parts of libraries, heads of {dim}", partial(_join, dim), JOINED)
 
 
 def _attend(dim: int, cache: torch.dtype, capability: int) -> None:
@@ -92,6 +94,20 @@ def _attend(dim: int, cache: torch.dtype, capability: int) -> None:
         each = cuda.RowScales.of(scales, scales.device)
         cuda.attend_dense(queries, cuda.stage(kv, table, START + ROWS), plan, each, library=False)
         cuda.attend(queries, kv, table, AttentionPlan(START, ROWS, DISTANCE, heads), scales)
+
+
+def _join(dim: int, capability: int) -> None:
+    """Launch what joins the parts that libraries compute, of many rows and of few, whose heads are folded.
+
+    Two to four regions and blocks of keys are one launch; of more, the first ones are joined in float32 before.
+    """
+    from workers.kernels.triton.merge import MOST_PARTS
+
+    for rows in (8, ROWS):
+        out, by_head = torch.zeros(rows, HEADS, dim, dtype=torch.bfloat16), torch.zeros(HEADS, rows).T
+        own, before = (out, by_head), (out, by_head.contiguous() if rows == 8 else by_head)
+        for others in range(1, MOST_PARTS + 1):
+            torch_backend.merge_on_device([before] * others + [own])
 
 
 def _select(spec: SparseSpec, capability: int) -> None:

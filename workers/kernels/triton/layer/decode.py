@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _BLOCK = 64  # keys of one product
 _MIN_BLOCKS = 4  # a split; below, merging costs more than the keys
 _PROGRAMS = 3  # a multiprocessor has room for as many, by their registers
-_REGISTERS = 168  # a thread, with which three programs fit
 _MERGED = 16  # splits that are added at once
 _MAX_SPLITS = 256  # a power of two; one build merges up to so many
 
@@ -56,11 +55,9 @@ def count_splits(rows: int, kv_heads: int, processors: int, longest: int) -> int
 def launch_options(limit: int) -> dict[str, int]:
     """Return how the kernel is built for rows whose greatest code is `limit`, 0 for others: codes in 3 stages spill.
 
-    Left to itself the compiler keeps to 128 registers for e4m3, and spills; for int8 it spills if it is allowed more.
+    The number of registers is the compiler's: given a limit, it spills more where it needs fewer.
     """
-    if limit == 0:
-        return {"num_stages": 3}
-    return {"num_stages": 2, "maxnreg": _REGISTERS} if limit == LIMITS[torch.float8_e4m3fn] else {"num_stages": 2}
+    return {"num_stages": 2 if limit else 3}
 
 
 @triton.jit
