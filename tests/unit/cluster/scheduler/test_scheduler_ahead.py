@@ -64,6 +64,27 @@ def decoding(num_stages: int, count: int, max_tokens: int = 9) -> Harness:
     return harness
 
 
+@pytest.mark.parametrize(("stages", "alone"), [(1, 2), (2, 3), (5, 6)])
+def test_a_prompt_alone_in_a_pipeline_has_one_step_more_in_flight(stages: int, alone: int):
+    harness = Harness(pages=400, budget=16, num_stages=stages)
+    usual = max(2, stages)
+    assert harness.scheduler.depth == usual
+    harness.add(request(1, range(100)))
+    assert harness.scheduler.depth == usual, "it waits"
+    harness.schedule()
+    assert harness.scheduler.depth == alone
+    harness.add(request(2, [7] * 100))
+    assert harness.scheduler.depth == usual, "another one would wait for the step"
+    harness.schedule()
+    assert harness.scheduler.depth == usual
+    harness.run()
+    assert harness.scheduler.depth == usual
+
+
+def test_a_request_that_decodes_alone_has_a_step_a_stage_in_flight():
+    assert decoding(3, 1).scheduler.depth == 3
+
+
 @pytest.mark.parametrize(
     ("stages", "count", "groups"),
     [
