@@ -34,7 +34,8 @@ def shipped_layer() -> Iterator[Shipped]:
             "store_heads_kernel": _ROWS,
         }
         yield Shipped(f"decode and heads, {name} KV", partial(_decode, cache), limits, E4M3 if name == "fp8" else 80)
-    yield Shipped("rows", _row_operations, {"add_rms_norm_kernel": _ROWS, "swiglu_kernel": Limits(registers=64)})
+    limits = dict.fromkeys(("add_rms_norm_kernel", "store_heads_kernel"), _ROWS)
+    yield Shipped("rows", _row_operations, limits | {"swiglu_kernel": Limits(registers=64)})
     for tokens, limits in ((1, _FEW), (1024, _MANY), (32768, _MANY)):
         yield Shipped(f"experts, {tokens} tokens", partial(_experts, tokens), limits)
 
@@ -60,8 +61,9 @@ def _decode(cache: torch.dtype, capability: int) -> None:
 
 
 def _row_operations(capability: int) -> None:
-    """Launch residual and norm, SwiGLU of dense models, and the choice of tokens."""
+    """Launch residual and norm, SwiGLU of dense models, rotations of the estimate's rows, and the choice of tokens."""
     from workers.kernels.triton.layer.greedy import choose_greedily
+    from workers.kernels.triton.layer.heads import rotate_heads
     from workers.kernels.triton.layer.rows import add_rms_norm, swiglu
 
     for width in (HIDDEN, 8192):
@@ -69,6 +71,8 @@ def _row_operations(capability: int) -> None:
         add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
         add_rms_norm(x, None, weight, 1e-6)
         swiglu(torch.zeros(64, 2 * width, dtype=torch.bfloat16))
+    side = torch.ones(64, 1, DIM // 2), torch.ones(64, 1, DIM // 2)
+    rotate_heads(torch.zeros(64, HEADS, DIM, dtype=torch.bfloat16), torch.ones(HEADS, DIM), 1e-6, [side] * 3)
     choose_greedily(torch.zeros(2, VOCAB))
 
 

@@ -18,7 +18,7 @@ from workers.attention import cuda
 from workers.attention.plan import Queries, Rotation
 from workers.kernels.triton.lists import TILES
 from workers.model.batch import Batch, Piece
-from workers.model.rope import Rotary, norm_and_rotate_
+from workers.model.rope import CosSin, Rotary
 from workers.sparse.cuda import HeadBudgets, SparseCell, StepSelection
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class SequenceCells:
         self._rows = self._selection.estimate.rows.flatten()
         # The rotations of the estimate's rows where a context is not one DCA chunk (else the true ones are continuous),
         # and in every layer a copy of these rows, neither normed nor rotated.
-        has_regions = any(len(piece.plan.regions) > 1 for piece in pieces)
-        self._continuous = rotary.continuous(batch.positions[self._rows]) if has_regions else None
+        self._continuous: list[CosSin] = []
+        if any(len(piece.plan.regions) > 1 for piece in pieces):
+            rotations = rotary.continuous(batch.positions[self._rows])
+            self._continuous = [rotations[rotation] for rotation in (Rotation.INTRA, Rotation.SUCC, Rotation.INTER)]
         self._raw: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
         self._layer = 0
@@ -50,7 +52,7 @@ class SequenceCells:
     def begin_layer(self, layer: int, q: torch.Tensor, norm: torch.Tensor | None) -> None:
         """Copy the rows of the estimate if they need rotations of their own; see `SparsePrefill.begin_layer`."""
         self._layer, self._norm = layer, norm
-        if self._continuous is not None:
+        if self._continuous:
             self._raw = q[self._rows]
 
     def attend(self, q: Queries, staged: Staged, out: torch.Tensor) -> None:
@@ -91,10 +93,9 @@ class SequenceCells:
 
     def _sampled(self, q: Queries) -> Queries:
         """Return the rows of the estimate, with continuous rotations of the far regions."""
-        if self._continuous is None or self._raw is None:
+        if self._raw is None:
             return q.map(lambda each: each[self._rows])
-        succ, self._raw = self._raw, None
-        inter = torch.empty_like(succ)
-        copies = [(inter, self._continuous[Rotation.INTER])]
-        norm_and_rotate_(succ, self._continuous[Rotation.SUCC], self._norm, self._eps, copies)
-        return Queries(q.intra[self._rows], succ, inter)
+        from workers.kernels.triton.layer.heads import rotate_heads
+
+        raw, self._raw = self._raw, None
+        return Queries(*rotate_heads(raw, self._norm, self._eps, self._continuous))
