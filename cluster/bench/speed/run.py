@@ -85,7 +85,7 @@ class Run:
             after: gives more for the row, once its repeats are done.
         """
         assert self.load is not None
-        rows = self.report["rows"]
+        rows: list[dict[str, Any]] = self.report["rows"]
         earlier = next((row for row in rows if key.items() <= row.items()), None)
         runs = [] if earlier is None else list(earlier["runs"])
         first = len(runs)
