@@ -14,6 +14,7 @@ from cluster.latency.hardware import load_hardware
 from cluster.latency.measured import Costs
 from cluster.planner.forecast import predict
 from cluster.planner.memory import relayout
+from cluster.planner.subject import with_chunks
 from cluster.planner.target import cpu_target, gpu_target
 from tests.support.planner.models import subject
 
@@ -92,7 +93,7 @@ def test_a_large_output_head_counts_for_one_row_of_a_prompt(
 
 
 def test_a_gain_below_three_percent_moves_nothing(tmp_path: Path) -> None:
-    given = given_of(tmp_path, 2, **UNEVEN)
+    given = with_chunks(given_of(tmp_path, 2, **UNEVEN), False)
     best = better_split(given, 1 << 12, AMX)
     assert best is not None
     near = with_layers(given, [best.layers[0] - 1, best.layers[1] + 1])
