@@ -6,7 +6,7 @@ Legend: `T` tokens, `H` and `K` query and KV heads, `D` head dim, `R` rotations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -114,9 +114,18 @@ def store_heads_kernel(
         _store_rows(values, value_scales, low, high, place, scale_at, slot >= 0, stored, DIM, LIMIT)
 
 
+class _NoCache(NamedTuple):
+    """In place of a cache where there are queries alone: no KV heads, `[0, 1, D]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: None = None
+    value_scales: None = None
+
+
 def store_heads(
     qkv: torch.Tensor, norms: torch.Tensor | None, eps: float,
-    rotations: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: torch.Tensor, kv: LayerKV,
+    rotations: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: torch.Tensor, kv: LayerKV | _NoCache,
 ) -> torch.Tensor:  # fmt: skip
     """Normalise queries and keys, rotate them, and write keys and values to their slots, 8-bit caches with scales.
 
@@ -161,7 +170,5 @@ def rotate_heads(
     Args:
         norms: `[H, D]` float32, or None.
     """
-    from workers.kv.paged import LayerKV
-
     nothing = q.new_empty(0, 1, q.shape[2])
-    return store_heads(q, norms, eps, rotations, q.new_empty(0, dtype=torch.int32), LayerKV(nothing, nothing))
+    return store_heads(q, norms, eps, rotations, q.new_empty(0, dtype=torch.int32), _NoCache(nothing, nothing))
