@@ -151,17 +151,3 @@ def store_heads(
         NORM=norms is not None, LIMIT=LIMITS.get(kv.keys.dtype, 0), num_warps=1 if rows == 1 else 4,
     )  # fmt: skip
     return out
-
-
-def rotate_heads(
-    q: torch.Tensor, norms: torch.Tensor | None, eps: float, rotations: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """Normalise queries `[T, H, D]` and rotate them: `[R, T, H, D]`, as `store_heads` without keys and values.
-
-    Args:
-        norms: `[H, D]` float32, or None.
-    """
-    from workers.kv.paged import LayerKV
-
-    nothing = q.new_empty(0, 1, q.shape[2])
-    return store_heads(q, norms, eps, rotations, q.new_empty(0, dtype=torch.int32), LayerKV(nothing, nothing))
