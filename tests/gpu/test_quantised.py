@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.quantised import dequantised, random_weight, scaled_product_reference
 from workers.bench.cases.experts import run_experts_reference
+from workers.bench.cases.quantised import dequantised, random_weight, scaled_product_reference
 from workers.kernels.triton.quant import calls, products
 from workers.quant.weight import Kind, QuantizedWeight
 

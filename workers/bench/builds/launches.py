@@ -7,7 +7,7 @@ device `meta`. The interpreter must be off when the kernels are imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,14 +39,17 @@ class Device:
         return GPUTarget("cuda", self._capability, 32)
 
 
-def compiled_launches(call: Callable[[], object], capability: int) -> list[Launch]:
+def compiled_launches(call: Callable[[], object], capability: int, only: Collection[str] | None = None) -> list[Launch]:
     """Return the kernels that `call` launches, compiled for a compute capability, each build once.
+
+    Args:
+        only: the names of those that are compiled; by default all.
 
     Raises:
         Exception: what Triton raises for a kernel that it cannot compile.
     """
     kernels: dict[int, Any] = {}
-    with _compiling(capability, kernels):
+    with _compiling(capability, kernels, only):
         call()
     return [
         Launch(one.metadata.name, read_back(one.asm["cubin"], int(one.metadata.shared), one.metadata.num_warps))
@@ -55,13 +58,15 @@ def compiled_launches(call: Callable[[], object], capability: int) -> list[Launc
 
 
 @contextmanager
-def _compiling(capability: int, kernels: dict[int, Any]) -> Iterator[None]:
+def _compiling(capability: int, kernels: dict[int, Any], only: Collection[str] | None) -> Iterator[None]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if only is not None and self.__name__ not in only:
+            return None
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         kernels[id(kernel)] = kernel
         return kernel

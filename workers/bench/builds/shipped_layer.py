@@ -63,8 +63,8 @@ def _decode(cache: torch.dtype, capability: int) -> None:
 def _row_operations(capability: int) -> None:
     """Launch residual and norm, SwiGLU of dense models, rotations of the estimate's rows, and the choice of tokens."""
     from workers.kernels.triton.layer.greedy import choose_greedily
-    from workers.kernels.triton.layer.heads import rotate_heads
     from workers.kernels.triton.layer.rows import add_rms_norm, swiglu
+    from workers.model.device.step import rotate_heads
 
     for width in (HIDDEN, 8192):
         x, weight = torch.zeros(64, width, dtype=torch.bfloat16), torch.ones(width, dtype=torch.bfloat16)

@@ -95,13 +95,13 @@ def origin_of(device: torch.device) -> Line:
 def all_cases(context: Context, stages: Sequence[str]) -> Iterator[Case]:
     """Yield the cases of stages, in the order of `STAGES`."""
     from workers.bench.gpu import card, tune
-    from workers.bench.gpu.checks import kernels, programs, selection
+    from workers.bench.gpu.checks import kernels, programs, quantised, selection
     from workers.bench.gpu.rates import attention, layer
     from workers.bench.gpu.whole import end_to_end
 
     by_stage = {
         "env": lambda: card.cases(),
-        "checks": lambda: [*kernels.cases(context), *selection.cases(), *programs.cases()],
+        "checks": lambda: [*kernels.cases(context), *quantised.cases(), *selection.cases(), *programs.cases()],
         "kernels": lambda: [*attention.cases(context), *layer.cases(context)],
         "tune": lambda: tune.cases(context),
         "prefill": lambda: end_to_end.prefill_cases(context),

@@ -18,6 +18,7 @@ from workers.attention import cuda
 from workers.attention.plan import Queries, Rotation
 from workers.kernels.triton.lists import TILES
 from workers.model.batch import Batch, Piece
+from workers.model.device.step import rotate_heads
 from workers.model.rope import CosSin, Rotary
 from workers.sparse.cuda import HeadBudgets, SparseCell, StepSelection
 
@@ -95,7 +96,5 @@ class SequenceCells:
         """Return the rows of the estimate, with continuous rotations of the far regions."""
         if self._raw is None:
             return q.map(lambda each: each[self._rows])
-        from workers.kernels.triton.layer.heads import rotate_heads
-
         raw, self._raw = self._raw, None
         return Queries(*rotate_heads(raw, self._norm, self._eps, self._continuous))

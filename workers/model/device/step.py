@@ -5,6 +5,7 @@ Legend: `T` tokens of the step, `B` rows that decode, `H` and `K` query and KV h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,16 @@ def store_heads(
     from workers.kernels.triton.layer import heads
 
     return heads.store_heads(qkv, norms, eps, step.tables, step.slots, kv)
+
+
+def rotate_heads(
+    q: torch.Tensor, norms: torch.Tensor | None, eps: float, tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Normalise queries `[T, H, D]` and rotate them by every one of `tables`: `[R, T, H, D]`, without keys."""
+    from workers.kernels.triton.layer import heads
+
+    nothing = q.new_empty(0, 1, q.shape[2])
+    return heads.store_heads(q, norms, eps, tables, q.new_empty(0, dtype=torch.int32), LayerKV(nothing, nothing))
 
 
 def attend_decoding(q: torch.Tensor, kv: LayerKV, step: DeviceStep) -> torch.Tensor:

@@ -50,6 +50,7 @@ def cases(context: Context) -> Iterator[Case]:
     for cache in caches:
         yield Case("checks", f"decode {_name(cache)}", partial(_decode, cache))
         yield Case("checks", f"heads {_name(cache)}", partial(_heads, cache))
+    yield Case("checks", "joined parts", _joined)
     yield Case("checks", "experts", _experts)
     yield Case("checks", "routing and sorting", _routing)
     yield Case("checks", "rows", _rows)
@@ -252,6 +253,26 @@ def _stored(layer: LayerKV, rows: int) -> list[torch.Tensor]:
         part = side[:, 3 : 3 + rows].cpu().float()
         found.append((part if scales is None else part * scales[:, 3 : 3 + rows, None].cpu()).transpose(0, 1))
     return found
+
+
+def _joined(context: Context) -> Line:
+    """Compare two to four parts of attention, joined, with the mean of these parts in float64."""
+    from workers.kernels.triton.merge import MOST_PARTS, merge_parts
+
+    worst, heads = Worst(), 3
+    for rows, dim in ((17, 48),) if context.rehearsal else ((1, 64), (67, 128), (1000, 128)):
+        for count in range(2, MOST_PARTS + 1):
+            make = torch.Generator().manual_seed(rows * count)
+            outs = torch.randn(count, heads, rows, dim, generator=make).to(context.dtype).transpose(1, 2)
+            sums = (4 * torch.randn(count, heads, rows, generator=make)).transpose(1, 2)
+            sums[0, 0] = -torch.inf  # a row that sees no key of the first part
+            shares = sums.double().softmax(0)[..., None]
+            wanted = (outs.double() * shares).sum(0)
+            got = merge_parts(
+                [(out.to(context.device), lse.to(context.device)) for out, lse in zip(outs, sums, strict=True)]
+            )
+            worst.compare((rows, count), got, wanted.to(context.dtype), wanted)
+    return worst.line()
 
 
 def _experts(context: Context) -> Line:

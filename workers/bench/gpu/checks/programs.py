@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[4]
 _TESTS_S, _SANITIZER_S = 240, 240
 _SANITIZED = (  # one case a kernel, the smallest
     "staging int8, D 64", "dense own int8, D 64", "vertical-slash int8, 128 rows, D 64", "decode int8", "heads int8",
-    "experts", "routing and sorting", "rows", "greedy choice", "estimate", "thresholds and compaction",
-    "selection and recall", "adaptive budgets",
+    "joined parts", "experts", "routing and sorting", "rows", "greedy choice", "codes of activations", "products int4",
+    "products int8", "products float8_e4m3", "estimate", "thresholds and compaction", "selection and recall",
+    "adaptive budgets",
 )  # fmt: skip
 
 
@@ -98,11 +99,11 @@ def _sanitizer(context: Context) -> Line:
 
 def run_sanitized(names: Sequence[str], device: str = "cuda", say: Callable[[str], object] = print) -> None:
     """Run the named cases of the stage in this process; a line for each that passed."""
-    from workers.bench.gpu.checks import kernels, selection
+    from workers.bench.gpu.checks import kernels, quantised, selection
     from workers.bench.gpu.journal import Journal
 
     context = Context(Journal(Path(os.devnull), "sanitizer", device == "cpu"), torch.device(device), float("inf"))
-    for case in (*kernels.cases(context), *selection.cases()):
+    for case in (*kernels.cases(context), *quantised.cases(), *selection.cases()):
         if case.name in names:
             case.run(context)
             say(f"passed {case.name}")

@@ -6,7 +6,7 @@ Legend: `T` tokens, `H` and `K` query and KV heads, `D` head dim, `R` rotations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -114,18 +114,9 @@ def store_heads_kernel(
         _store_rows(values, value_scales, low, high, place, scale_at, slot >= 0, stored, DIM, LIMIT)
 
 
-class _NoCache(NamedTuple):
-    """In place of a cache where there are queries alone: no KV heads, `[0, 1, D]`."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: None = None
-    value_scales: None = None
-
-
 def store_heads(
     qkv: torch.Tensor, norms: torch.Tensor | None, eps: float,
-    rotations: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: torch.Tensor, kv: LayerKV | _NoCache,
+    rotations: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: torch.Tensor, kv: LayerKV,
 ) -> torch.Tensor:  # fmt: skip
     """Normalise queries and keys, rotate them, and write keys and values to their slots, 8-bit caches with scales.
 
@@ -160,15 +151,3 @@ def store_heads(
         NORM=norms is not None, LIMIT=LIMITS.get(kv.keys.dtype, 0), num_warps=1 if rows == 1 else 4,
     )  # fmt: skip
     return out
-
-
-def rotate_heads(
-    q: torch.Tensor, norms: torch.Tensor | None, eps: float, rotations: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """Normalise queries `[T, H, D]` and rotate them: `[R, T, H, D]`, as `store_heads` without keys and values.
-
-    Args:
-        norms: `[H, D]` float32, or None.
-    """
-    nothing = q.new_empty(0, 1, q.shape[2])
-    return store_heads(q, norms, eps, rotations, q.new_empty(0, dtype=torch.int32), _NoCache(nothing, nothing))

@@ -15,9 +15,9 @@ from workers.bench.model import benchmark_spec
 from workers.kernels.triton.layer import calls
 from workers.kv.paged import PagedKV, PlanMismatch
 from workers.model.batch import PageTables
-from workers.model.device.step import DeviceStep
+from workers.model.device.step import DeviceStep, rotate_heads
 from workers.model.device.tables import DeviceTables
-from workers.model.rope import Rotary
+from workers.model.rope import Rotary, norm_and_rotate_
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import Collectives
@@ -121,3 +121,13 @@ def test_a_step_that_is_known_on_the_device_alone() -> None:
     assert not step.others
     assert step.decoding is None
     assert [cos.shape for cos, _ in step.tables] == [(3, 1, 8)] * 3
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_queries_are_rotated_without_keys(normed: bool) -> None:
+    torch.manual_seed(1)
+    qkv, norms = torch.randn(33, 6, 16), torch.rand(4, 16) + 0.5 if normed else None
+    turns = [*Rotary(PLAIN.rope, 16, dual_chunk=CHUNKS).continuous(torch.arange(200, 233)).values()]
+    got = rotate_heads(qkv[:, :4], norms, 1e-6, turns)
+    wanted = [norm_and_rotate_(qkv[:, :4].clone(), turn, norms, 1e-6) for turn in turns]
+    torch.testing.assert_close(got, torch.stack(wanted), atol=2e-6, rtol=2e-6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.bench.gpu.checks import kernels, programs, selection
+from workers.bench.gpu.checks import kernels, programs, quantised, selection
 from workers.bench.gpu.context import Context
 from workers.bench.gpu.journal import Journal
 
@@ -20,7 +20,8 @@ def context_of(device: str, rehearsal: bool) -> Context:
 
 def test_every_kernel_that_is_sanitised_has_such_a_check() -> None:
     pytest.importorskip("triton")
-    known = {case.name for case in (*kernels.cases(context_of("cuda", False)), *selection.cases())}
+    context = context_of("cuda", False)
+    known = {case.name for case in (*kernels.cases(context), *quantised.cases(), *selection.cases())}
     assert set(programs._SANITIZED) <= known
 
 

@@ -59,16 +59,6 @@ def test_heads(rows: int, rotations: int, cache: torch.dtype) -> None:
     assert not kv.values[:, others].float().any()
 
 
-@pytest.mark.parametrize("normed", [True, False])
-def test_queries_without_keys(normed: bool) -> None:
-    qkv = torch.randn(33, 6, 32)
-    norms = torch.rand(4, 32) + 0.5 if normed else None
-    turns = tables(33, 3, 32)
-    got = module.rotate_heads(qkv[:, :4], norms, EPS, turns)
-    wanted = [norm_and_rotate_(qkv[:, :4].clone(), turn, norms, EPS) for turn in turns]
-    torch.testing.assert_close(got, torch.stack(wanted), atol=2e-6, rtol=2e-6)
-
-
 @pytest.mark.parametrize("cache", [torch.int8, FP8], ids=str)
 def test_ends_of_the_range_and_damaged_rows(cache: torch.dtype) -> None:
     qkv = torch.zeros(4, 3, 32)

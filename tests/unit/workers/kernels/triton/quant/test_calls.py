@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.quantised import random_weight
+from workers.bench.cases.quantised import random_weight
 from workers.kernels.triton.layer import calls as layer_calls
 from workers.kernels.triton.quant import calls
 from workers.model import layers, moe

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.oracles.quantised import dequantised, random_weight, scaled_product_reference
 from workers.bench.cases.experts import run_experts_reference
+from workers.bench.cases.quantised import dequantised, random_weight, scaled_product_reference
 from workers.kernels.triton.quant.products import group_step, is_scaled, linear, run_experts, takes
 from workers.quant.weight import Kind
 

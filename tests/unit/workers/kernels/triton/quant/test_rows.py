@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.support.oracles.quantised import quantise_rows_reference
+from workers.bench.cases.quantised import quantise_rows_reference
 from workers.kernels.triton.quant.rows import quantise_rows
 
 

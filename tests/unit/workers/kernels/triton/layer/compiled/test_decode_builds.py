@@ -9,7 +9,7 @@ import pytest
 from tests.support.triton_compile import compile_kernel
 from workers.bench.builds.limits import violations
 from workers.bench.builds.shipped_layer import DECODE
-from workers.kernels.triton.layer import decode, greedy
+from workers.kernels.triton.layer import decode
 
 FLOATS = ("key_scales", "value_scales", "scales", "partial", "sums")
 STRIDES = ("rotation_stride", "key_scale_stride", "value_scale_stride", "table_stride", "distance", "splits")
@@ -38,20 +38,3 @@ def test_attention(cache: str, kind: str, limit: int, capability: int) -> None:
     assert violations(built, DECODE[cache], capability) == []
     assert built.count("HMMA") >= 32
     assert built.count("F2F") == 0  # a conversion at a quarter of the rate at which e4m3 comes from memory
-
-
-def test_merge() -> None:
-    types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "splits": "i32"}
-    constants = {"PADDED": 256, "DIM": 128, "WIDTH": 128, "MERGED": 16}
-    built = compile_kernel(decode.merge_splits_kernel, 90, types, constants)
-    assert built.stack == 0
-    assert built.registers <= 128
-
-
-def test_choice() -> None:
-    types = {"logits": "*fp32", "best": "*fp32", "ids": "*i32", "damaged": "*i32", "row_stride": "i32", "width": "i32"}
-    constants = {"PARTS": 38, "BLOCK": 4096}
-    assert compile_kernel(greedy.best_of_parts_kernel, 90, types, constants).stack == 0
-    types = {"best": "*fp32", "ids": "*i32", "damaged": "*i32", "tokens": "*i64", "finite": "*i32", "width": "i32"}
-    constants = {"PARTS": 38, "PADDED": 64}
-    assert compile_kernel(greedy.best_of_rows_kernel, 90, types, constants).stack == 0

@@ -39,16 +39,10 @@ def test_products(tokens: int, gated: bool, capability: int) -> None:
 
 def build(name: str, types: str, constants: dict[str, Any], warps: int = 4) -> Compiled:
     """Compile a kernel for sm_90; `types` are those of its parameters in order."""
-    kernel = getattr(experts if name == "combine" else routing, f"{name}_kernel")
+    kernel = getattr(routing, f"{name}_kernel")
     return compile_kernel(
         kernel, 90, dict(zip(kernel.arg_names, types.split(), strict=False)), constants, num_warps=warps
     )
-
-
-@pytest.mark.parametrize(("tokens", "warps"), [(1, 1), (8, 4)])
-def test_routing(tokens: int, warps: int) -> None:
-    constants = {"TOP_K": TOP_K, "PADDED_K": 8, "NORMALISE": True, "TOKENS": tokens, "BLOCK": EXPERTS}
-    assert build("route", "*bf16 *i64 *fp32 i32 i32 i32", constants, warps).stack == 0
 
 
 @pytest.mark.parametrize(("single", "count", "block"), [(True, 128, 128), (False, 128, 128), (False, 32, 512)])
@@ -58,9 +52,3 @@ def test_sorting(single: bool, count: int, block: int) -> None:
     assert build("place", types, constants | {"SINGLE": single}, 8).stack == 0
     assert build("count", "*i64 *i32 i32 i32 i32 i32", constants).stack == 0
     assert build("scan", "*i32 *i32 i32", {"SCANNED": 1024}).stack == 0
-
-
-def test_combining() -> None:
-    built = build("combine", "*bf16 *i32 *fp32 *bf16 i32", {"TOP_K": TOP_K, "BLOCK": 1024})
-    assert built.stack == 0
-    assert built.registers <= 128
