@@ -246,7 +246,7 @@ class Engine:
 
     def _commit(self, step: InFlightStep) -> Iterator[StepOutcome]:
         """Apply a finished step to scheduler and requests; yields what it changed for each of its requests."""
-        self.latency.observe(step.plan, step.slowest_s, step.cells)
+        self.latency.observe(step.plan, step.slowest_s, step.cells, step.stage_s)
         if step.plan.is_decode:
             seconds = self._in_flight.decode_s(self._num_stages)
             self._decode_s += (seconds - self._decode_s) * (0.2 if self._decode_s else 1.0)

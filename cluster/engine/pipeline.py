@@ -18,7 +18,7 @@ from cluster.engine.hang_detector import HangDetector
 from cluster.kv_store.store import KvStore
 from cluster.latency.latency_file import LatencyFile
 from cluster.latency.model import LatencyModel
-from cluster.latency.pipeline_work import even_steps, measured_on, stage_works, usual_costs
+from cluster.latency.pipeline_work import even_steps, measured_on, stage_times, stage_works, usual_costs
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -98,7 +98,8 @@ class _Assembly:
         latency_file = LatencyFile(self.deployment.config.data_dir, of)
         if latency is None:
             usual = usual_costs(self.deployment, cores)
-            latency = LatencyModel(self.deployment.spec, stage_works(self.deployment), usual)
+            works, stages = stage_works(self.deployment), stage_times(self.deployment, usual)
+            latency = LatencyModel(self.deployment.spec, works, usual, stages)
             latency_file.load(latency)
         engine = self._engine(launched, pool, latency)
         with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes

@@ -27,7 +27,7 @@ def balance_stages(deployment: Deployment) -> Deployment:
         return deployment
     cores = usable_cores()
     usual = usual_costs(deployment, cores)
-    measured = Measurements.of(deployment.config.data_dir, cores).costs_of(deployment, usual)
+    measured = Measurements.of(deployment.config.data_dir, cores).layer_costs_of(deployment, usual)
     table = Costs(usual, "hardware table")
     deployment, notes = split_stages(deployment, deployment.max_model_len, table, measured)
     for note in notes:

@@ -16,11 +16,13 @@ from cluster.config.memory_budget import weight_bytes
 from cluster.config.topology import balance, plan_shards
 from cluster.latency.measured import Costs
 from cluster.latency.model import counts_of
-from cluster.latency.pipeline_work import prompt_steps, stage_works
+from cluster.latency.pipeline_work import layer_works, prompt_steps
+from cluster.latency.stage_times import layer_parts
 from protos.stage.messages import Span
 
 _NANO = 1e9
-_LEAST_GAIN = 0.03  # of the slowest stage's time: for less no layer moves, as costs are not known better
+# share of the slowest stage's time for which layers move: costs are not known better, and measured ones scatter
+_LEAST_GAIN, _LEAST_MEASURED = 0.03, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,42 +38,41 @@ def split_stages(
 ) -> tuple[Deployment, list[str]]:
     """Return the deployment with stages that take equal times for prompts of `context` tokens, and what to say of it.
 
-    Layers that the YAML gives stay, and so does the split by weights unless the slowest stage gains 3 %. Costs are the
-    measured ones where a split that changes with them takes nothing away, else the table's. What a split by measured
-    costs would still gain is said.
+    Layers that the YAML gives stay. Others move from the split by weights to that by the table's costs where the
+    slowest stage gains 3 %, and from there to that by measured ones where it gains 5 %, if a split that changes with
+    what is measured takes nothing away. What is not done but would gain as much is said.
 
     Args:
         table: costs of the hardware table.
-        measured: of steps of this model on this hardware, if there are any.
+        measured: the table's with what layers of each kind took beside them in this deployment here, if that is known.
     """
     notes: list[str] = []
     cluster = deployment.config.cluster
     if cluster.pipeline_parallel_size == 1:
         return deployment, notes
+    known = [(table, _LEAST_GAIN)] if measured is None else [(table, _LEAST_GAIN), (measured, _LEAST_MEASURED)]
     if cluster.stage_layers is None:
-        costs = measured if measured is not None and _may_change(deployment) else table
-        better = better_split(deployment, context, costs)
-        if better is not None and _has_room(deployment, better.layers):
-            before = list(stage_layers(deployment))
-            deployment = with_layers(deployment, better.layers)
-            notes.append(
-                f"stages have {list(better.layers)} layers: the slowest takes {better.gain:.0%} less time than with "
-                f"{before}, the split by weights ({costs.source})"
-            )
-    best = measured or table
-    if (better := better_split(deployment, context, best)) is not None:
+        deployment = with_layers(deployment, None)
+        for costs, least in known if _may_change(deployment) else known[:1]:
+            better = better_split(deployment, context, costs, least)
+            if better is not None and _has_room(deployment, better.layers):
+                change = f"less time than with {list(stage_layers(deployment))} ({costs.source})"
+                notes = [f"stages have {list(better.layers)} layers: the slowest takes {better.gain:.0%} {change}"]
+                deployment = with_layers(deployment, better.layers)
+    costs, least = known[-1]
+    if (better := better_split(deployment, context, costs, least)) is not None:
         notes.append(
             f"the stages are uneven: cluster.stage_layers: {list(better.layers)} gives the slowest {better.gain:.0%} "
-            f"less to do in a prefill ({best.source})"
+            f"less to do in a prefill ({costs.source})"
         )
     return deployment, notes
 
 
-def better_split(deployment: Deployment, context: int, costs: Costs) -> Split | None:
+def better_split(deployment: Deployment, context: int, costs: Costs, least: float = _LEAST_GAIN) -> Split | None:
     """Return the layers of each stage with which the slowest one has least to do in a prefill of `context` tokens.
 
     The output head, which the last layer has with it, counts for the one row that is sampled. None: the split that the
-    deployment has is as good, within 3 %.
+    deployment has is as good, but for a share of less than `least`.
     """
     layers = layer_seconds(deployment, context, costs)
     spans = balance([round(seconds * _NANO) for seconds in layers], deployment.config.cluster.pipeline_parallel_size)
@@ -81,21 +82,19 @@ def better_split(deployment: Deployment, context: int, costs: Costs) -> Split | 
 
     now = slowest([shard.layers for shard in deployment.shards if shard.rank == 0])
     gain = 1 - slowest(spans) / now if now else 0.0
-    return Split(tuple(part.size for part in spans), gain) if gain >= _LEAST_GAIN else None
+    return Split(tuple(part.size for part in spans), gain) if gain >= least else None
 
 
 def layer_seconds(deployment: Deployment, context: int, costs: Costs) -> list[float]:
     """Return what each layer takes in a prefill of `context` tokens on its shard; the last has the output head."""
-    spec = deployment.spec
+    spec, (dense, experts, of_attention) = deployment.spec, costs.parts
     counts = counts_of(spec, prompt_steps(deployment, context), costs.keys)
-    last = spec.num_hidden_layers - 1
-    first = next(shard for shard in deployment.shards if shard.rank == 0)
-    single = [
-        replace(first, stage=1 if layer == last else 0, num_stages=2, layers=Span(layer, layer + 1))
-        for layer in range(last + 1)
-    ]
-    works = stage_works(replace(deployment, shards=tuple(single)))
-    return [float(np.sum(work.seconds(counts, costs.seconds))) for work in works]
+    seconds = []
+    for layer, work in enumerate(layer_works(deployment)):
+        rest, attention = layer_parts(work, counts, costs.seconds)
+        of_layer = experts if spec.is_moe_layer(layer) else dense
+        seconds.append(float(np.sum(of_layer * rest + of_attention * attention)))
+    return seconds
 
 
 def stage_layers(deployment: Deployment) -> tuple[int, ...]:

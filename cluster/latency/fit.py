@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cluster.latency.step_work import UNITS
 
-Costs = tuple[float, ...]  # seconds of each of UNITS
+Costs = tuple[float, ...]  # of each feature: seconds of each of UNITS
 Floats = NDArray[np.float64]
 
 _FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
@@ -40,8 +40,8 @@ class _Step(NamedTuple):
 class Sums:
     """Weighted sums of products of features, forgetting, and the number of steps behind them."""
 
-    def __init__(self) -> None:
-        size = len(UNITS)
+    def __init__(self, size: int = len(UNITS)) -> None:
+        """Args: `size` is the number of features."""
         self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
         self.moment = [0.0] * size
         self.steps = 0
@@ -97,11 +97,11 @@ class Sums:
         return {"gram": self.gram, "moment": self.moment, "steps": self.steps}
 
     @classmethod
-    def from_json(cls, value: object) -> Sums:
+    def from_json(cls, value: object, size: int = len(UNITS)) -> Sums:
         """Return the sums that `to_json` has written. Raises ValueError."""
         if not isinstance(value, Mapping) or not isinstance(value.get("steps"), int) or value["steps"] < 0:
             raise ValueError("it has no sums")
-        sums, size = cls(), len(UNITS)
+        sums = cls(size)
         sums.gram, sums.steps = numbers(value.get("gram"), (size, size)).tolist(), value["steps"]
         sums.moment = numbers(value.get("moment"), (size,)).tolist()
         return sums
@@ -128,7 +128,7 @@ def fit(parts: Sequence[Sums], usual: Costs | None = None) -> Costs:
     """
     gram = np.array([part.gram for part in parts]).sum(0)
     moment = np.array([part.moment for part in parts]).sum(0)
-    solution = prior = np.zeros(len(UNITS))
+    solution = prior = np.zeros(len(moment))
     if usual is None or not (scale := np.array(usual) @ gram @ np.array(usual)) > 0:
         return tuple(_non_negative(gram, moment).tolist())
     prior = np.array(usual) * max(float(np.array(usual) @ moment / scale), 1e-30)

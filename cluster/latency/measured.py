@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from cluster.config.deployment import Deployment
 from cluster.latency.latency_file import Measured, measured_files
 from cluster.latency.model import LatencyModel
-from cluster.latency.pipeline_work import measured_on
+from cluster.latency.pipeline_work import measured_on, stage_times
+from cluster.latency.stage_times import PARTS
 from protos.model.spec import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -31,6 +32,7 @@ class Costs:
     hop_s: float = 0.0  # of a message to the next stage, and of what the head does between steps
     keys: KeysOf | None = None  # measured; None: what the budgets say
     is_rough: bool = False  # they are assumed, not measured
+    parts: tuple[float, ...] = (1.0,) * len(PARTS)  # what layers take over what `seconds` say
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,24 @@ class Measurements:
                 keys = model_fit.keys if has_cells else None
                 return Costs(seconds, f"{steps:,} steps measured here (this model, {name})", keys=keys)
         return None
+
+    def layer_costs_of(self, deployment: Deployment, usual: Sequence[float]) -> Costs | None:
+        """Return usual costs with what layers took beside them in this deployment here, on a processor.
+
+        None where it was not measured, or all layers are of one kind: then stages are alike with any costs.
+        """
+        wanted, costs = measured_on(deployment, "", self.cores), tuple(usual)
+        learned = next((learned for of, learned in self.files if of == wanted), None)
+        if learned is None or (stages := stage_times(deployment, costs)) is None:
+            return None
+        model = LatencyModel(deployment.spec, stages=stages)
+        try:
+            model.restore(learned)
+        except ValueError:
+            return None
+        if not stages.num_steps:
+            return None
+        return Costs(costs, f"{stages.num_steps:,} times of stages measured here", keys=model.keys, parts=stages.scales)
 
 
 def _scaled(costs: Sequence[float], scale: float) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from cluster.latency.fit import Costs, Floats, Sums, fit, numbers
 from cluster.latency.sparsity import Sparsity, budget_keys
+from cluster.latency.stage_times import StageTimes
 from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
@@ -43,13 +44,15 @@ class LatencyModel:
     """
 
     def __init__(
-        self, spec: ModelSpec | None = None, works: Sequence[ShardWork] = (), usual: Costs | None = None
+        self, spec: ModelSpec | None = None, works: Sequence[ShardWork] = (), usual: Costs | None = None,
+        stages: StageTimes | None = None,
     ) -> None:  # fmt: skip
         """Start with no step.
 
         Args:
             works: one shard of every stage; without them costs are of tokens, contexts and pairs.
             usual: costs on such hardware, of which only the ratios matter: for what few steps do not tell.
+            stages: what learns of the stages' layers, where these are of two kinds.
         """
         self._spec = spec
         self._decode_work: Work = works[-1] if works else PlainWork()
@@ -57,6 +60,7 @@ class LatencyModel:
         self._sparsity = Sparsity(spec)
         self._prefill, self._decode = Sums(), Sums()
         self._usual = usual
+        self.stages = stages
         self._costs: Costs | None = None
         self._reference: Costs | None = None  # costs by which steps are weighed
 
@@ -65,13 +69,22 @@ class LatencyModel:
         """Steps that were measured, in this run and in those that left a file."""
         return self._prefill.steps + self._decode.steps
 
-    def observe(self, plan: StepPlan, seconds: float, reports: Sequence[CellReport] = ()) -> None:
-        """Take the measured time of a step (of the slowest shard), and what the shards report of its sparse grid."""
+    def observe(
+        self, plan: StepPlan, seconds: float, reports: Sequence[CellReport] = (),
+        stage_s: Mapping[int, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Take the measured time of a step (of the slowest shard), and what the shards report of its sparse grid.
+
+        Args:
+            stage_s: seconds of the stages that have answered.
+        """
         for part in plan.slices:
             if reports and (share := visited_share(part, reports)):
                 self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
         units = self.features(plan, reports)
         expected = sum(x * c for x, c in zip(units, self._reference, strict=True)) if self._reference else seconds
+        if self.stages is not None and stage_s and not plan.is_decode:
+            self.stages.observe(self.counts(plan, reports), stage_s)
         has_changed = (self._decode if plan.is_decode else self._prefill).add(units, seconds, expected)
         self._costs = None
         if has_changed or self.num_steps < _REFRESH or self.num_steps % _REFRESH == 0:
@@ -122,7 +135,8 @@ class LatencyModel:
     def to_json(self) -> dict[str, Any]:
         """Return what was learned, as plain data."""
         sums = {"prefill": self._prefill.to_json(), "decode": self._decode.to_json()}
-        return {"units": list(UNITS), "visited": self._sparsity.sums.tolist(), **sums}
+        stages = {} if self.stages is None else {"stages": self.stages.to_json()}
+        return {"units": list(UNITS), "visited": self._sparsity.sums.tolist(), **sums, **stages}
 
     def restore(self, learned: Mapping[str, Any]) -> None:
         """Begin with what another run has learned. Raises ValueError for anything but what `to_json` returns."""
@@ -130,6 +144,8 @@ class LatencyModel:
             raise ValueError("it has other units of work")
         sparsity = numbers(learned.get("visited"), (5,))
         prefill, decode = (Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
+        if self.stages is not None and "stages" in learned:
+            self.stages.restore(learned["stages"])
         self._sparsity.sums, self._prefill, self._decode, self._costs = sparsity, prefill, decode, None
         self._reference = self.coefficients if self.num_steps else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from cluster.config.deployment import Deployment
@@ -12,19 +13,49 @@ from cluster.config.topology import layer_cost, pair_cost
 from cluster.latency.fit import Costs
 from cluster.latency.hardware import load_hardware, processor
 from cluster.latency.latency_file import Measured
+from cluster.latency.stage_times import StageTimes
 from cluster.latency.step_work import ShardWork
 from cluster.scheduler.chunking import Chunk, EvenSteps, chunks
 from protos.node.environment import cpu_facts, cpu_name
+from protos.stage.messages import ShardSpec, Span
 
 
 def stage_works(deployment: Deployment) -> list[ShardWork]:
     """Return the work of every stage: that of its first shard, as the shards of a stage are alike."""
+    return _works(deployment, [shard for shard in deployment.shards if shard.rank == 0])
+
+
+def layer_works(deployment: Deployment) -> list[ShardWork]:
+    """Return the work of every layer on its shard; the last has the output head."""
+    first, last = deployment.shards[0], deployment.spec.num_hidden_layers - 1
+    return _works(
+        deployment,
+        [
+            replace(first, stage=int(layer == last), num_stages=2, layers=Span(layer, layer + 1))
+            for layer in range(last + 1)
+        ],
+    )
+
+
+def stage_times(deployment: Deployment, usual: Costs) -> StageTimes | None:
+    """Return what learns how long layers of each kind take; None where all are of one kind, or in one stage."""
+    is_moe = [deployment.spec.is_moe_layer(layer) for layer in range(deployment.spec.num_hidden_layers)]
+    if len(set(is_moe)) == 1 or deployment.config.cluster.pipeline_parallel_size == 1:
+        return None
+    works = layer_works(deployment)
+    moe = [sum(is_moe[slice(*shard.layers)]) for shard in deployment.shards if shard.rank == 0]
+    sizes = [shard.layers.size for shard in deployment.shards if shard.rank == 0]
+    layers = [(size - experts, experts) for size, experts in zip(sizes, moe, strict=True)]
+    return StageTimes(works[is_moe.index(False)], works[is_moe.index(True)], layers, usual)
+
+
+def _works(deployment: Deployment, shards: Sequence[ShardSpec]) -> list[ShardWork]:
     spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
     kv_type = kv_dtype(deployment)
     has_scales = kv_type in ("int8", "fp8")  # one in float32 for every head
     kv_width = 1.0 + 4.0 / spec.head_dim if has_scales else float(DTYPE_BYTES[kv_type])
     widths = weight_widths(deployment)
-    return [ShardWork(spec, shard, width, kv_width, widths) for shard in deployment.shards if shard.rank == 0]
+    return [ShardWork(spec, shard, width, kv_width, widths) for shard in shards]
 
 
 def even_steps(deployment: Deployment) -> EvenSteps | None:

@@ -65,7 +65,9 @@ class Target:
         if not self.has_rates:
             return deployment, []
         table = self._table_costs(deployment)
-        return split_stages(deployment, context, table, self._measured_costs(deployment, table))
+        known = self.measurements
+        measured = known.layer_costs_of(deployment, table.seconds) if known is not None else None
+        return split_stages(deployment, context, table, measured)
 
     def _table_costs(self, deployment: Deployment) -> Costs:
         assert self.device is not None

@@ -48,7 +48,7 @@ def test_equal_layers_are_split_evenly_already(
 ) -> None:
     given = given_of(tmp_path, stages, "cpu" if costs is AMX else "cuda")
     split, notes = split_stages(given, context, AMX) if costs is AMX else GPUS.split(given, context)
-    assert split is given
+    assert split == given
     assert (list(stage_layers(split)), notes) == (layers, [])
 
 
@@ -72,7 +72,7 @@ def test_uneven_layers_are_moved_until_the_slowest_stage_has_least(tmp_path: Pat
     assert slowest < 1.1 * sum(seconds) / 4
     (note,) = notes
     assert note.startswith(f"stages have {list(layers)} layers: the slowest takes ")
-    assert note.endswith("less time than with [5, 11, 16, 16], the split by weights (hardware table)")
+    assert note.endswith("less time than with [5, 11, 16, 16] (hardware table)")
     assert split.config == given.config, "the YAML's key stays empty"
 
 
@@ -107,7 +107,7 @@ def test_layers_that_the_yaml_gives_stay(tmp_path: Path) -> None:
     given = with_layers(given, None)
     assert stage_layers(given) == (40, 8)
     split, (note,) = split_stages(given, 1 << 17, AMX)
-    assert split is given
+    assert split == given
     assert note.startswith("the stages are uneven: cluster.stage_layers: [23, 25] gives the slowest ")
     assert note.endswith("less to do in a prefill (hardware table)")
 
@@ -118,11 +118,33 @@ def measured(deployment: Deployment) -> Costs:
     return Costs((0.0, 0.0, 1e-12, 0.0, 0.0, 0.0, 0.0), "100 steps measured here")
 
 
+def test_layers_of_each_kind_may_take_longer_than_their_units_say(tmp_path: Path) -> None:
+    given = given_of(tmp_path, 2, **UNEVEN)
+    usual, slow = (layer_seconds(given, 1 << 14, replace(AMX, parts=parts)) for parts in ((1, 1, 1), (3, 1, 2)))
+    attention = slow[-1] - usual[-1]
+    assert slow[0] == pytest.approx(3 * (usual[0] - attention) + 2 * attention)
+    assert slow[8] == pytest.approx(usual[8] + attention)
+
+
 def test_measured_costs_go_before_the_table(tmp_path: Path) -> None:
     given = changed(given_of(tmp_path, 2, **UNEVEN), "model", max_model_len=1 << 17)
     assert stage_layers(split_stages(given, 1 << 17, AMX)[0]) == (23, 25)
-    split, notes = split_stages(given, 1 << 17, AMX, measured(given))
-    assert (split, notes) == (given, [])
+    split, (note,) = split_stages(given, 1 << 17, AMX, measured(given))
+    assert stage_layers(split) == (16, 32)
+    assert note.startswith("stages have [16, 32] layers: the slowest takes ")
+    assert note.endswith("less time than with [23, 25] (100 steps measured here)")
+    assert split_stages(split, 1 << 17, AMX, measured(given))[0] == split, "wherever it begins"
+
+
+def test_measured_times_that_scatter_leave_the_split_by_the_table(tmp_path: Path) -> None:
+    """Five percent and more are no scatter."""
+    given = changed(given_of(tmp_path, 2, **UNEVEN), "model", max_model_len=1 << 17)
+    found = [
+        stage_layers(split_stages(given, 1 << 17, AMX, replace(AMX, parts=(dense, 1.0, 1.0)))[0])
+        for dense in (0.8, 0.9, 1.1, 1.3, 4.0)
+    ]
+    assert found[:4] == [(23, 25)] * 4
+    assert found[4] == (20, 28)
 
 
 @pytest.mark.parametrize("case", ["several nodes", "a context that KV limits"])

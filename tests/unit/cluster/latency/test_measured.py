@@ -13,7 +13,7 @@ from cluster.latency.hardware import load_hardware
 from cluster.latency.latency_file import LatencyFile, Measured
 from cluster.latency.measured import Costs, Measurements
 from cluster.latency.model import LatencyModel
-from cluster.latency.pipeline_work import measured_on, stage_works
+from cluster.latency.pipeline_work import measured_on, stage_times, stage_works
 from cluster.planner.forecast import predict
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
@@ -82,6 +82,32 @@ def test_other_layouts_and_threads_are_scaled(tmp_path: Path):
     assert two.seconds[2] == pytest.approx(2 * one.seconds[2]), "half of the threads for each stage"
     assert two.seconds[0] == one.seconds[0]
     assert one.seconds[6] > 0, "no step had reductions: in the usual ratio to the rest"
+
+
+def test_what_layers_of_each_kind_took_in_this_deployment(tmp_path: Path):
+    shape = {"mlp_only_layers": [0, 1], "intermediate_size": 4096, "vocab_size": 1000, "eos_token_id": 2}
+    given = relayout(subject(tmp_path, "cpu", num_hidden_layers=6, num_experts=16, **shape), 2, 1)
+    times = stage_times(given, USUAL)
+    model = LatencyModel(given.spec, stage_works(given), USUAL, times)
+    assert times is not None
+    for step in range(40):
+        made = plan(step * 2048, 2048 if step % 3 else 512, 1 << 20)
+        first, second = (float(work.seconds(model.counts(made), USUAL)) for work in stage_works(given))
+        model.observe(made, 3 * first, stage_s={0: 3 * first, 1: second})
+    of = measured_on(given, "", CORES)
+    LatencyFile(tmp_path, of).save(model)
+    found = Measurements.of(tmp_path, CORES)
+    costs = found.layer_costs_of(given, USUAL)
+    assert costs is not None
+    assert (costs.seconds, costs.source) == (USUAL, "80 times of stages measured here")
+    assert costs.parts == times.scales
+    assert costs.parts[0] > 2 * costs.parts[1], "the first stage has the dense layers"
+    assert found.layer_costs_of(relayout(given, 3, 1), USUAL) is None, "another layout"
+    learned = model.to_json()
+    for unusable in (learned | {"stages": {}}, {k: v for k, v in learned.items() if k != "stages"}, {}):
+        assert Measurements([(of, unusable)], CORES).layer_costs_of(given, USUAL) is None
+    alike = relayout(small(tmp_path), 2, 1)
+    assert Measurements([(measured_on(alike, "", CORES), learned)], CORES).layer_costs_of(alike, USUAL) is None
 
 
 @pytest.mark.parametrize("unit", range(6))

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
 from cluster.config.deployment import load_deployment
+from cluster.latency.balance import with_layers
 from cluster.latency.hardware import load_hardware
-from cluster.latency.pipeline_work import even_steps, measured_on, prompt_steps, stage_works, usual_costs
+from cluster.latency.pipeline_work import (
+    even_steps, layer_works, measured_on, prompt_steps, stage_times, stage_works, usual_costs,
+)  # fmt: skip
 from cluster.latency.step_work import UNITS, StepCounts
 from tests.support.paths import CONFIGS
 
@@ -16,6 +24,33 @@ def test_every_stage_has_its_work():
     assert [work.layers for work in works] == [2, 2]
     first, last = (dict(zip(UNITS, work.units(StepCounts(1, 1, 10, 10, 0)), strict=True)) for work in works)
     assert last["weight_bytes"] > first["weight_bytes"], "the output head"
+
+
+def test_the_work_of_layers_is_that_of_the_stages():
+    given = load_deployment(DEMO)
+    counts = StepCounts(512, 1, 700, 9000, 0)
+    layers = [np.array(work.units(counts)) for work in layer_works(given)]
+    stages = [np.array(work.units(counts)) for work in stage_works(given)]
+    assert np.allclose(sum(layers), sum(stages))
+    assert layers[-1][2] > layers[0][2] == layers[1][2], "the output head"
+
+
+def test_stages_are_told_apart_where_they_have_layers_of_two_kinds():
+    given = load_deployment(DEMO)
+    usual = usual_costs(given, 2)
+    assert stage_times(given, usual) is None, "all have experts"
+    mixed = replace(given, spec=replace(given.spec, mlp_only_layers=(0, 3), intermediate_size=4096))
+    mixed = with_layers(mixed, [1, 3])
+    times = stage_times(mixed, usual)
+    assert times is not None
+    counts = StepCounts(512, 0, 700, 9000, 0)
+    works = layer_works(mixed)
+    dense, experts = (float(work.seconds(counts, usual)) for work in works[:2])
+    for _ in range(20):
+        times.observe(counts, {0: 2 * dense, 1: 2 * (dense + 2 * experts)})
+    assert times.scales == pytest.approx((2, 2, 2), rel=1e-3)
+    one = load_deployment(DEMO, {"cluster.pipeline_parallel_size": 1})
+    assert stage_times(replace(one, spec=mixed.spec), usual) is None, "one stage"
 
 
 def test_kv_has_its_own_width():
