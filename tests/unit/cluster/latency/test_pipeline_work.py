@@ -11,8 +11,14 @@ from cluster.config.deployment import load_deployment
 from cluster.latency.balance import with_layers
 from cluster.latency.hardware import load_hardware
 from cluster.latency.pipeline_work import (
-    even_steps, layer_works, measured_on, prompt_steps, stage_times, stage_works, usual_costs,
-)  # fmt: skip
+    even_steps,
+    layer_works,
+    measured_on,
+    prompt_steps,
+    stage_times,
+    stage_works,
+    usual_costs,
+)
 from cluster.latency.step_work import UNITS, StepCounts
 from tests.support.paths import CONFIGS
 
