@@ -45,7 +45,7 @@ def test_a_pipeline_of_shards_says_when_it_worked_on_what(longreach: CommandLine
     chunk = "settings.prefill.max_num_batched_tokens=256"
     report = measured(
         longreach, tmp_path / "out", "scaling", "--model", model, "--lengths", 700, "--set", "layouts=[[2, 2]]",
-        "--set", "scaling=[strong]", "--set", chunk, *QUICK,
+        "--set", "scaling=[strong]", "--set", chunk, "--set", "settings.prefill.dynamic_chunks=false", *QUICK,
     )  # fmt: skip
     (row,) = report["rows"]
     assert (row["kind"], row["stages"], row["shards"], row["length"]) == ("strong", 2, 2, 700)
