@@ -18,7 +18,7 @@ from cluster.engine.hang_detector import HangDetector
 from cluster.kv_store.store import KvStore
 from cluster.latency.latency_file import LatencyFile
 from cluster.latency.model import LatencyModel
-from cluster.latency.pipeline_work import even_steps, measured_on, stage_times, stage_works, usual_costs
+from cluster.latency.pipeline_work import dynamic_chunks, measured_on, stage_times, stage_works, usual_costs
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -137,7 +137,8 @@ class _Assembly:
             pool, config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
             config.prefill.max_num_seqs, cache_root(self.deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
-            block_tokens=store.block_tokens, kernel_family=launched.kernel_family, even=even_steps(self.deployment),
+            block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
+            dynamic=dynamic_chunks(self.deployment),
         )  # fmt: skip
         return Engine(
             scheduler, launched.shards, self.tokenizer, end_ids(spec, self.tokenizer),

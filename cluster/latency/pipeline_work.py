@@ -15,7 +15,7 @@ from cluster.latency.hardware import load_hardware, processor
 from cluster.latency.latency_file import Measured
 from cluster.latency.stage_times import StageTimes
 from cluster.latency.step_work import ShardWork
-from cluster.scheduler.chunking import Chunk, EvenSteps, chunks
+from cluster.scheduler.chunking import Chunk, DynamicChunks, chunks
 from protos.node.environment import cpu_facts, cpu_name
 from protos.stage.messages import ShardSpec, Span
 
@@ -58,7 +58,7 @@ def _works(deployment: Deployment, shards: Sequence[ShardSpec]) -> list[ShardWor
     return [ShardWork(spec, shard, width, kv_width, widths) for shard in shards]
 
 
-def even_steps(deployment: Deployment) -> EvenSteps | None:
+def dynamic_chunks(deployment: Deployment) -> DynamicChunks | None:
     """Return the limits of dense steps of a pipeline; None: it has one stage, or `prefill.dynamic_chunks` is off."""
     config, spec = deployment.config, deployment.spec
     stages, prefill = config.cluster.pipeline_parallel_size, config.prefill
@@ -66,13 +66,13 @@ def even_steps(deployment: Deployment) -> EvenSteps | None:
         return None
     layers = range(spec.num_hidden_layers)
     row = sum(layer_cost(spec, layer) for layer in layers)
-    return EvenSteps(stages, prefill.max_num_batched_tokens, row, pair_cost(spec) * len(layers))
+    return DynamicChunks(stages, prefill.max_num_batched_tokens, row, pair_cost(spec) * len(layers))
 
 
 def prompt_steps(deployment: Deployment, context: int) -> list[Chunk]:
     """Return the steps of a prompt of `context` tokens that is alone."""
-    budget, even = deployment.config.prefill.max_num_batched_tokens, even_steps(deployment)
-    return list(chunks(deployment.spec, 0, context, context, budget, even))
+    budget, dynamic = deployment.config.prefill.max_num_batched_tokens, dynamic_chunks(deployment)
+    return list(chunks(deployment.spec, 0, context, context, budget, dynamic))
 
 
 def usual_costs(deployment: Deployment, cores: int) -> Costs:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from protos.model import grid
 from protos.model.spec import ModelSpec
 
-_LEAST_PART = 8  # of the budget: the shortest even step
-_EVEN_ROWS = 64  # even steps have a multiple
+_LEAST_PART = 8  # of the budget: the shortest dynamic chunk
+_CHUNK_ROWS = 64  # dynamic chunks have a multiple
 
 
 def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
@@ -73,7 +73,7 @@ class PrefillShare:
 
 
 @dataclass(frozen=True, slots=True)
-class EvenSteps:
+class DynamicChunks:
     """Dense steps of a pipeline that take equal times: fewer rows where the context is long.
 
     A prompt takes the sum of its steps and, for every stage but one, the longest of them. With steps of equal length
@@ -93,12 +93,12 @@ class EvenSteps:
         longest = self.budget * (self.row + self.pair * prompt_len / self.stages)
         alone = self.row + self.pair * position  # of the first row; the later ones see more
         rows = (math.sqrt(alone * alone + 2 * self.pair * longest) - alone) / self.pair
-        whole = max(int(rows), self.budget // _LEAST_PART) // _EVEN_ROWS * _EVEN_ROWS
-        return min(self.budget, max(whole, _EVEN_ROWS))
+        whole = max(int(rows), self.budget // _LEAST_PART) // _CHUNK_ROWS * _CHUNK_ROWS
+        return min(self.budget, max(whole, _CHUNK_ROWS))
 
 
 def fit_to_grid(
-    spec: ModelSpec | None, shares: Sequence[PrefillShare], even: EvenSteps | None = None
+    spec: ModelSpec | None, shares: Sequence[PrefillShare], dynamic: DynamicChunks | None = None
 ) -> tuple[list[int], list[int]]:
     """Return the lengths that the grid allows, and the new deficits.
 
@@ -109,11 +109,11 @@ def fit_to_grid(
     Args:
         spec: None: plain dense attention, which has no grid.
         shares: in order of arrival, which breaks ties.
-        even: limits of dense steps; None: they have none.
+        dynamic: limits of dense steps; None: they have none.
     """
     granted = [share.granted for share in shares]
-    if even is not None:
-        granted = [min(share.granted, even.most(share.position, share.prompt_len)) for share in shares]
+    if dynamic is not None:
+        granted = [min(share.granted, dynamic.most(share.position, share.prompt_len)) for share in shares]
     lengths, deficits = list(granted), [0] * len(shares)
     if spec is None:
         return lengths, deficits
@@ -140,10 +140,10 @@ def fit_to_grid(
 
 
 def chunks(
-    spec: ModelSpec | None, start: int, stop: int, prompt_len: int, budget: int, even: EvenSteps | None = None
+    spec: ModelSpec | None, start: int, stop: int, prompt_len: int, budget: int, dynamic: DynamicChunks | None = None
 ) -> Iterator[Chunk]:
     """Yield the steps of a request that computes positions `start .. stop - 1` alone, with the whole budget of each."""
     while start < stop:
-        (length,), _ = fit_to_grid(spec, [PrefillShare(start, prompt_len, min(budget, stop - start))], even)
+        (length,), _ = fit_to_grid(spec, [PrefillShare(start, prompt_len, min(budget, stop - start))], dynamic)
         yield Chunk(start, start + length, spec is not None and grid.is_sparse(spec, start, prompt_len))
         start += length

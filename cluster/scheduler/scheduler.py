@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
-from cluster.scheduler.chunking import Chunk, EvenSteps, PrefillShare, chunks, fit_to_grid, share_budget
+from cluster.scheduler.chunking import Chunk, DynamicChunks, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
 from cluster.scheduler.prefix_keys import PrefixKeys
@@ -41,13 +41,13 @@ class Scheduler:
         share_across_lengths: let prompts share pages of nearly equal length scale too, see `PrefixCache`.
         block_tokens: tokens of a block of the KV store, a multiple of `page_size`; 0: there is no store.
         kernel_family: of this cluster; see `PrefixKeys`.
-        even: limits of dense steps; None: they have none.
+        dynamic: limits of dense steps; None: they have none.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         spec: ModelSpec | None = None, num_stages: int = 1, share_across_lengths: bool = False, block_tokens: int = 0,
-        kernel_family: str = "", even: EvenSteps | None = None,
+        kernel_family: str = "", dynamic: DynamicChunks | None = None,
     ) -> None:  # fmt: skip
         if block_tokens % page_size:
             raise ValueError(f"block_tokens: {block_tokens}: must be a multiple of {page_size}")
@@ -58,10 +58,10 @@ class Scheduler:
         self.pool = pool
         self.spec = spec
         self._page_size = page_size
-        self.budget = max_num_batched_tokens  # of the next step; may change between steps
+        self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
         self._num_stages = num_stages
-        self._even = even
+        self._dynamic = dynamic
         keys = PrefixKeys(cache_root, page_size, spec, block_tokens, kernel_family)
         self._prefixes = PrefixCache(pool, page_size, keys, share_across_lengths)
         self.stored = StoredPrefixes(self._prefixes, page_size, block_tokens)
@@ -99,7 +99,7 @@ class Scheduler:
     def chunks_left(self, request: Request) -> list[Chunk]:
         """Return the steps the rest of a prompt takes when it has the whole budget of each."""
         size = request.num_prompt
-        return list(chunks(self.spec, min(request.num_computed, size), size, size, self.budget, self._even))
+        return list(chunks(self.spec, min(request.num_computed, size), size, size, self._budget, self._dynamic))
 
     def pages_needed(self, request: Request) -> int:
         """Return the pages for the prompt and every token it may generate (the last one is never fed back)."""
@@ -176,7 +176,7 @@ class Scheduler:
         """
         self.admit()
         running = list(self._running.values())
-        granted = share_budget(self.budget, self._wanted(running))
+        granted = share_budget(self._budget, self._wanted(running))
         lengths = self._fit_to_grid(running, granted)
         slices = tuple(self._slice(request, length) for request, length in zip(running, lengths, strict=True) if length)
         if not slices:
@@ -293,7 +293,7 @@ class Scheduler:
             PrefillShare(request.num_scheduled, request.num_prompt, tokens, request.deficit)
             for request, tokens in zip(running, granted, strict=True)
         ]
-        lengths, deficits = fit_to_grid(self.spec, shares, self._even)
+        lengths, deficits = fit_to_grid(self.spec, shares, self._dynamic)
         for request, deficit in zip(running, deficits, strict=True):
             request.deficit = deficit
         return lengths

@@ -11,6 +11,7 @@ from cluster.common.units import format_count
 from cluster.tools.figures import COLOURS, GREY, MARKERS, empty_figure, log_axis, plain_axes, titled, token_axis
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SIZE = 7.2, 4.6  # inches
@@ -135,10 +136,7 @@ def throughput_figure(results: Sequence[Result]) -> Figure | None:
     curves = collect(named, "tokens_per_s")
     if not curves:
         return None
-    figure = empty_figure(*_SIZE)
-    axis = plain_axes(figure.subplots())
-    for number, series in enumerate(curves):
-        series.draw(axis, number)
+    figure, axis = _drawn(curves)
     axis.set_xscale("log", base=2)
     jobs = sorted({int(row["jobs"]) for _, row in rows})
     axis.set_xticks(jobs, list(map(str, jobs)))
@@ -164,6 +162,15 @@ def _label_points(axis: Any, curves: Sequence[Sequence[tuple[int, float, bool]]]
         last_x, last_y = x, at
 
 
+def _drawn(curves: Sequence[Series]) -> tuple[Figure, Axes]:
+    """Return a figure with one diagram of all curves."""
+    figure = empty_figure(*_SIZE)
+    axis = plain_axes(figure.subplots())
+    for number, series in enumerate(curves):
+        series.draw(axis, number)
+    return figure, axis
+
+
 def _is_compared(results: Iterable[Result]) -> bool:
     """Return whether there are other engines, so that ours must be named."""
     return any(result.what == "bench compare" for result in results)
@@ -184,10 +191,7 @@ def _against_tokens(
 ) -> Figure | None:
     if not curves:
         return None
-    figure = empty_figure(*_SIZE)
-    axis = plain_axes(figure.subplots())
-    for number, series in enumerate(curves):
-        series.draw(axis, number)
+    figure, axis = _drawn(curves)
     token_axis(axis, {int(point[0]) for series in curves for point in series.points}, x)
     if log:
         log_axis(axis, "y")

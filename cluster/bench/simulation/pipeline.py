@@ -15,7 +15,7 @@ import numpy as np
 from cluster.config.deployment import Deployment
 from cluster.latency.measured import Costs
 from cluster.latency.model import chunk_counts
-from cluster.latency.pipeline_work import even_steps, stage_works
+from cluster.latency.pipeline_work import dynamic_chunks, stage_works
 from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import ShardWork
 from cluster.planner.memory import activation_width
@@ -78,7 +78,7 @@ def simulate(deployment: Deployment, costs: Costs, context: int) -> Run:
     most, page = config.prefill.max_num_batched_tokens, config.kv_cache.page_size
     pool = PagePool(-(-context // page) + 1)
     scheduler = Scheduler(
-        pool, page, most, 1, spec=deployment.spec, num_stages=times.num_stages, even=even_steps(deployment)
+        pool, page, most, 1, spec=deployment.spec, num_stages=times.num_stages, dynamic=dynamic_chunks(deployment)
     )
     request = Request(1, [0] * context, SamplingParams(), StopRules(1))
     scheduler.prepare(request)

@@ -11,7 +11,7 @@ from cluster.config.deployment import load_deployment
 from cluster.latency.balance import with_layers
 from cluster.latency.hardware import load_hardware
 from cluster.latency.pipeline_work import (
-    even_steps,
+    dynamic_chunks,
     layer_works,
     measured_on,
     prompt_steps,
@@ -68,20 +68,20 @@ def test_kv_has_its_own_width():
     assert small["kv_bytes"] / plain["kv_bytes"] == (1 + 4 / dim) / 2
 
 
-def test_a_pipeline_has_even_steps_unless_they_are_switched_off():
+def test_a_pipeline_has_dynamic_chunks_unless_they_are_switched_off():
     dense: dict[str, object] = {"sparse.enabled": False, "prefill.max_num_batched_tokens": 512}
     given = load_deployment(DEMO, dense)
-    even = even_steps(given)
-    assert even is not None
+    dynamic = dynamic_chunks(given)
+    assert dynamic is not None
     spec = given.spec
-    assert (even.stages, even.budget) == (2, 512)
-    assert even.pair == 2 * spec.num_hidden_layers * spec.num_attention_heads * spec.head_dim
-    assert even.row > spec.num_hidden_layers * spec.hidden_size * spec.moe_intermediate_size
+    assert (dynamic.stages, dynamic.budget) == (2, 512)
+    assert dynamic.pair == 2 * spec.num_hidden_layers * spec.num_attention_heads * spec.head_dim
+    assert dynamic.row > spec.num_hidden_layers * spec.hidden_size * spec.moe_intermediate_size
     lengths = [step.stop - step.start for step in prompt_steps(given, 65536)]
     assert max(lengths) == 512 > lengths[-2]
     for change in ({"prefill.dynamic_chunks": False}, {"cluster.pipeline_parallel_size": 1}):
         fixed = load_deployment(DEMO, dense | change)
-        assert even_steps(fixed) is None
+        assert dynamic_chunks(fixed) is None
         assert {step.stop - step.start for step in prompt_steps(fixed, 65536)} == {512}
 
 

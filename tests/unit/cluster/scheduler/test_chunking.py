@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.scheduler.chunking import Chunk, EvenSteps, PrefillShare, chunks, fit_to_grid, share_budget
+from cluster.scheduler.chunking import Chunk, DynamicChunks, PrefillShare, chunks, fit_to_grid, share_budget
 from protos.model.grid import is_sparse, largest_cell, last_cut, next_cut, whole_cells
 from protos.model.spec import ModelSpec
 from tests.support.rigs.scheduler import long_spec
@@ -169,37 +169,37 @@ def test_chunks_of_a_lone_prompt(spec: ModelSpec | None, tokens: int, expected: 
     assert list(chunks(spec, 0, tokens, tokens, 50)) == [Chunk(*item) for item in expected]
 
 
-EVEN = EvenSteps(stages=4, budget=1024, row=100_000, pair=10)
+DYNAMIC = DynamicChunks(stages=4, budget=1024, row=100_000, pair=10)
 
 
-def seconds(even: EvenSteps, chunk: Chunk) -> int:
+def seconds(dynamic: DynamicChunks, chunk: Chunk) -> int:
     length = chunk.stop - chunk.start
-    return length * even.row + even.pair * length * (2 * chunk.start + length + 1) // 2
+    return length * dynamic.row + dynamic.pair * length * (2 * chunk.start + length + 1) // 2
 
 
 @pytest.mark.parametrize("size", [1, 63, 1024, 1025, 67_193, 262_144])
 @pytest.mark.parametrize("spec", [None, long_spec(None, distance=8192)])
-def test_even_steps_are_no_longer_than_one_near_the_beginning(spec: ModelSpec | None, size: int):
-    found = list(chunks(spec, 0, size, size, EVEN.budget, EVEN))
+def test_dynamic_chunks_take_no_longer_than_one_near_the_beginning(spec: ModelSpec | None, size: int):
+    found = list(chunks(spec, 0, size, size, DYNAMIC.budget, DYNAMIC))
     assert [chunk.start for chunk in found] == [0, *(chunk.stop for chunk in found[:-1])]
     assert found[-1].stop == size
     lengths = [chunk.stop - chunk.start for chunk in found]
-    assert max(lengths) <= EVEN.budget
+    assert max(lengths) <= DYNAMIC.budget
     assert all(length % 64 == 0 for length in lengths[:-1])
-    longest = EVEN.budget * (EVEN.row + EVEN.pair * size / EVEN.stages)
-    assert max(seconds(EVEN, chunk) for chunk in found) <= longest * 1.01
+    longest = DYNAMIC.budget * (DYNAMIC.row + DYNAMIC.pair * size / DYNAMIC.stages)
+    assert max(seconds(DYNAMIC, chunk) for chunk in found) <= longest * 1.01
     if spec is None:
         assert lengths == sorted(lengths, reverse=True)
 
 
-def test_even_steps_have_an_eighth_of_the_budget_at_least():
-    attention_alone = EvenSteps(stages=64, budget=1024, row=0, pair=1)
+def test_dynamic_chunks_have_an_eighth_of_the_budget_at_least():
+    attention_alone = DynamicChunks(stages=64, budget=1024, row=0, pair=1)
     assert attention_alone.most(0, 1 << 20) == 1024
     assert attention_alone.most((1 << 20) - 1, 1 << 20) == 128
-    assert EvenSteps(stages=64, budget=100, row=0, pair=1).most((1 << 20) - 1, 1 << 20) == 64
-    assert EvenSteps(stages=64, budget=50, row=0, pair=1).most((1 << 20) - 1, 1 << 20) == 50
+    assert DynamicChunks(stages=64, budget=100, row=0, pair=1).most((1 << 20) - 1, 1 << 20) == 64
+    assert DynamicChunks(stages=64, budget=50, row=0, pair=1).most((1 << 20) - 1, 1 << 20) == 50
 
 
-def test_sparse_cells_stay_whole_under_even_steps():
+def test_sparse_cells_stay_whole_under_dynamic_chunks():
     shares = [PrefillShare(0, 500, 100), PrefillShare(0, 40, 40)]
-    assert fit_to_grid(SPARSE, shares, EVEN) == fit_to_grid(SPARSE, shares)
+    assert fit_to_grid(SPARSE, shares, DYNAMIC) == fit_to_grid(SPARSE, shares)
