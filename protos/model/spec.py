@@ -74,7 +74,7 @@ class SparseSpec:
     uniform: HeadBudget | None = None
     target_recall: float = 0.95
     recall_floor: float = 0.0  # held-out recall below it turns a head's cell dense; 0: off
-    max_dense_share: float = 0.25  # most head-cells of a layer and prompt that may turn dense
+    max_dense_share: float = 1.0  # most head-cells of a layer and prompt that may turn dense
     synthetic: bool = False  # benchmarks on random weights: compute the estimate, select a fixed pattern
 
     @property

@@ -87,7 +87,7 @@ def test_json_is_rounded_and_plain():
          "vertical-slash above 32768 tokens, cells of 8192, last 64, recall 0.95"),
         (replace(PLAIN, dual_chunk=DualChunkSpec(4096, 512), sparse=SparseSpec(uniform=HeadBudget(10, 20),
                  recall_floor=0.9)), "default, theta 200000, factor 1, dual chunk 4096/512",
-         "vertical-slash above 32768 tokens, cells of 8192, last 64, 10 columns and 20 diagonals, floor 0.9 for 0.25"),
+         "vertical-slash above 32768 tokens, cells of 8192, last 64, 10 columns and 20 diagonals, floor 0.9 for 1"),
         (replace(PLAIN, sparse=SparseSpec(patterns=(), synthetic=True)), "default, theta 200000, factor 1",
          "vertical-slash above 32768 tokens, cells of 8192, last 64, published patterns, synthetic"),
     ],
