@@ -13,6 +13,7 @@ import torch
 
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec, RopeSpec
+from protos.model.tensor_names import EMBEDDING
 from workers.bench.timing import Figure, median_figure
 from workers.eval.whole_model import SequenceFeed, WholeModel
 
@@ -123,7 +124,7 @@ def run_model(
 def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
     """Write the built-in model as a Hugging Face checkpoint; returns the bytes of the weights.
 
-    They are random bfloat16 numbers (normal, scale 0.02; norms 1).
+    They are random bfloat16 numbers, as those of `workers.model.weights.dummy_shard`.
 
     Raises:
         ValueError: the folder already holds a `config.json`.
@@ -141,7 +142,8 @@ def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            tensors[name] = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+            scale = 1.0 if name == EMBEDDING else 0.02
+            tensors[name] = torch.randn(shape, generator=generator).mul_(scale).bfloat16()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {name: getattr(spec, name) for name in _SAME_IN_CONFIG} | {

@@ -22,6 +22,7 @@ import torch
 
 from protos.model.files import is_gguf
 from protos.model.spec import ModelSpec
+from protos.model.tensor_names import EMBEDDING
 from protos.stage.messages import ShardSpec, Span
 from workers.kernels.upload import Uploads
 from workers.kv.host_memory import advise_huge_pages
@@ -146,7 +147,11 @@ def load_shard(
 def dummy_shard(
     spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ShardWeights:
-    """Return random weights (normal, scale 0.02; norms 1): the slices of one model for every layout of it."""
+    """Return random weights: the slices of one model for every layout of it.
+
+    They are normal numbers of scale 0.02 (norms 1), in embeddings of scale 1: with smaller ones, what attention adds to
+    all rows soon outweighs what tells them apart, and routers send every token to the same few experts.
+    """
     matrices = None
     if spec.quant is not None:
         from workers.model.quantized_sources import RandomMatrices  # here: it needs safetensors
@@ -249,7 +254,7 @@ def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:
     hidden, tied = Span(0, spec.hidden_size), spec.tie_word_embeddings
     plans = {}
     if shard.is_first or (shard.is_last and tied):
-        plans["embed"] = _stacked(hidden, ("model.embed_tokens.weight", shard.vocab))
+        plans["embed"] = _stacked(hidden, (EMBEDDING, shard.vocab))
     if shard.is_last:
         plans["norm"] = _stacked(None, ("model.norm.weight", hidden))
         if not tied:
@@ -388,13 +393,14 @@ def _random(spec: ModelSpec, seed: int) -> _Fill:
             return
         full_rows, full_columns = shapes[piece.name]
         rows, columns = piece.rows, piece.columns or Span(0, 1)
+        scale = 1.0 if piece.name == EMBEDDING else _DUMMY_SCALE
         for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
             name = f"{seed}:{piece.name}:{start}"
             digest = hashlib.sha256(name.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             block = torch.randn(min(_DUMMY_ROWS, full_rows - start), full_columns, generator=generator)
             first, last = max(rows.start, start), min(rows.stop, start + len(block))
-            part = block[first - start : last - start, slice(*columns)].mul_(_DUMMY_SCALE)
+            part = block[first - start : last - start, slice(*columns)].mul_(scale)
             target[first - rows.start : last - rows.start].copy_(part if piece.columns else part[:, 0])
 
     return fill

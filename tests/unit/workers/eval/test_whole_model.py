@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from tests.support.data.checkpoints import make_checkpoint
+from workers.bench.model import benchmark_spec
 from workers.eval.whole_model import SequenceFeed, WholeModel
 
 CPU = torch.device("cpu")
@@ -64,3 +66,18 @@ def test_random_weights_and_int8_kv(spec: ModelSpec) -> None:
     feed.take(IDS)
     assert len(feed.tokens) == 1
     assert feed.cells == []
+
+
+def test_dummy_routers_spread_tokens_over_all_experts() -> None:
+    spec = replace(
+        benchmark_spec(8), hidden_size=256, num_attention_heads=4, head_dim=64, vocab_size=997, intermediate_size=64,
+        moe_intermediate_size=64, num_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    runner = WholeModel(None, spec, torch.float32, CPU).runner(spec, 600, 64)
+    loads: dict[int, torch.Tensor] = {}
+    runner.decoder.on_experts = lambda layer, ids: loads.update({layer: torch.bincount(ids.flatten(), minlength=16)})
+    ids = torch.randint(5, 997, (600,), generator=torch.Generator().manual_seed(1)).tolist()
+    SequenceFeed(runner, 64, len(ids)).take(ids)
+    assert len(loads) == 8
+    for load in loads.values():
+        assert load.max() < 3 * load.float().mean()  # 8 times, the most there is, with embeddings like other weights

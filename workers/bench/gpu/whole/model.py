@@ -60,11 +60,11 @@ def attention_spec(context: Context, sparse: bool, chunks: bool) -> ModelSpec:
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ShardWeights:
-    """Return random weights of a model whose layers all have experts (normal, scale 0.02; norms 1)."""
+    """Return random weights, of the scales of `workers.model.weights.dummy_shard`; all layers have experts."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
-    def matrix(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, _SCALE, generator=generator)
+    def matrix(*shape: int, scale: float = _SCALE) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, scale, generator=generator)
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=dtype, device=device)
@@ -81,7 +81,7 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) ->
         )
         for _ in range(spec.num_hidden_layers)
     ]  # fmt: skip
-    ends = matrix(spec.vocab_size, hidden), matrix(spec.vocab_size, hidden)
+    ends = matrix(spec.vocab_size, hidden, scale=1.0), matrix(spec.vocab_size, hidden)
     return ShardWeights(layers, embed=ends[0], norm=ones(hidden), lm_head=ends[1])
 
 
