@@ -147,19 +147,14 @@ def load_shard(
 def dummy_shard(
     spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ShardWeights:
-    """Return random weights: the slices of one model for every layout of it.
-
-    They are normal numbers of scale 0.02 (norms 1), in embeddings of scale 1: with smaller ones, what attention adds to
-    all rows soon outweighs what tells them apart, and routers send every token to the same few experts.
-    """
+    """Return random weights (normal, scale 0.02; norms and embeddings 1): slices of one model for every layout."""
     matrices = None
     if spec.quant is not None:
         from workers.model.quantized_sources import RandomMatrices  # here: it needs safetensors
 
         matrices = RandomMatrices(spec, spec.quant, seed)
-    return _build(
-        _Source(_random(spec, seed), Uploads(_CHUNK_BYTES), matrices), spec, shard, dtype, torch.device(device), None
-    )
+    source = _Source(_random(spec, seed), Uploads(_CHUNK_BYTES), matrices)
+    return _build(source, spec, shard, dtype, torch.device(device), None)
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
@@ -393,10 +388,10 @@ def _random(spec: ModelSpec, seed: int) -> _Fill:
             return
         full_rows, full_columns = shapes[piece.name]
         rows, columns = piece.rows, piece.columns or Span(0, 1)
+        # of smaller embeddings rows soon grow alike, and routers send all to the same few experts
         scale = 1.0 if piece.name == EMBEDDING else _DUMMY_SCALE
         for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
-            name = f"{seed}:{piece.name}:{start}"
-            digest = hashlib.sha256(name.encode()).digest()
+            digest = hashlib.sha256(f"{seed}:{piece.name}:{start}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             block = torch.randn(min(_DUMMY_ROWS, full_rows - start), full_columns, generator=generator)
             first, last = max(rows.start, start), min(rows.stop, start + len(block))

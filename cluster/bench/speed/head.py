@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.bench.planning.watch import PeakMemory
 from cluster.bench.rig import random_ids
 from cluster.bench.speed.settings import Bench
 from cluster.client.client import Client, Job
@@ -18,6 +19,7 @@ from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.engine.stage_split import balance_stages
 from cluster.hub.names import HubName
+from cluster.planner.memory import account
 from cluster.server.head import Head
 from cluster.stages.launcher import LaunchStatus
 from cluster.tools.eval.modes import kv_bytes_for
@@ -52,11 +54,12 @@ class Served(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MeasuredHead:
-    """A running head, and a client of it."""
+    """A running head, and a client of it; `peak` watches its stages, where they are processes on processors here."""
 
     deployment: Deployment
     client: Client
     runtime: ClusterRuntime
+    peak: PeakMemory | None = None
 
     def prompt(self, length: int, seed: int) -> list[int]:
         """Return random token ids of the model's vocabulary; the same for every layout, mode and peer."""
@@ -68,6 +71,13 @@ class MeasuredHead:
         job = self.client.submit(token_ids=ids, max_tokens=tokens, ignore_eos=True)
         times = [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]
         return Served(times[0], (times[-1] - times[0]) / (len(times) - 1), job)
+
+    def memory(self, context: int) -> dict[str, Any]:
+        """Return the most that all stages together have used so far, beside what `longreach plan` says of a context."""
+        if self.peak is None:
+            return {}
+        planned = sum(shard.total_bytes for shard in account(self.deployment, context))
+        return {"memory": {"peak_bytes": sum(self.peak.peaks), "planned_bytes": planned}}
 
 
 def prompt_ids(length: int, seed: int, vocab_size: int) -> list[int]:
@@ -121,11 +131,18 @@ def measured_head(
         deployment = load_measured(bench, mode, layout, max(tokens, longest), more, str(Path(folder) / "data"))
         with closing(Head(deployment, on_status, port=0)) as running:
             running.start()
-            with Client(running.address) as client:
-                head = MeasuredHead(running.runtime.deployment, client, running.runtime)
+            with Client(running.address) as client, _watch(running.runtime) as peak:
+                head = MeasuredHead(running.runtime.deployment, client, running.runtime, peak)
                 if bench.settings.warm_up:
                     head.serve(head.prompt(warm_up, 1 << 30), 4)
                 yield head
+
+
+def _watch(runtime: ClusterRuntime) -> PeakMemory | nullcontext[None]:
+    """Return what samples the memory of the stages; nothing where that of a GPU counts, or of another machine."""
+    cluster = runtime.deployment.config.cluster
+    is_here = cluster.device == "cpu" and cluster.address == "local"
+    return PeakMemory(runtime.launched.pids) if is_here else nullcontext()
 
 
 def check_lengths(bench: Bench, longest: int, layouts: list[Layout]) -> None:

@@ -36,7 +36,7 @@ def _prefill_row(run: Run, head: MeasuredHead, mode: str, layout: Layout, length
         return {"first_token_s": seconds, "prefill_tokens_per_s": length / seconds}
 
     key = {"mode": mode, "stages": layout.stages, "shards": layout.shards, "length": length}
-    run.row(key, measure, lambda: {**attention_of(last[0]), "chunks": _fitted(head, log)})
+    run.row(key, measure, lambda: {**attention_of(last[0]), "chunks": _fitted(head, log), **head.memory(length)})
     log.close()
 
 
@@ -77,4 +77,4 @@ def _decode_row(run: Run, head: MeasuredHead, mode: str, layout: Layout, length:
         }  # fmt: skip
 
     key = {"mode": mode, "stages": layout.stages, "shards": layout.shards, "length": length, "tokens": tokens}
-    run.row(key, measure)
+    run.row(key, measure, lambda: head.memory(length + tokens))

@@ -42,6 +42,11 @@ def _layout(row: Row) -> str:
     return f"{row['stages']} x {row['shards']}{mark}"
 
 
+def _memory(row: Row) -> str:
+    found = row.get("memory")
+    return "" if found is None else f"{found['peak_bytes'] / 2**30:.2f} ({found['planned_bytes'] / 2**30:.2f})"
+
+
 _MODE: Column = ("mode", lambda row: str(row["mode"]))
 _LAYOUT: Column = ("stages x shards", _layout)
 _TOKENS: Column = ("tokens", lambda row: format_count(row["length"]))
@@ -50,10 +55,11 @@ _FIRST: Column = ("first token, s", lambda row: value(row, "first_token_s"))
 _RATE: Column = ("prefill, tokens/s", lambda row: value(row, "prefill_tokens_per_s", "{:,.0f}", False))
 _SPEEDUP: Column = ("speedup", lambda row: f"{row['speedup']:.2f}" if "speedup" in row else "")
 _DECODE: Column = ("decode step, ms", lambda row: value(row, "decode_ms"))
+_MEMORY: Column = ("peak memory, GiB (planned)", _memory)
 
 COLUMNS: Mapping[str, Sequence[Column]] = {
-    "bench prefill": (_MODE, _LAYOUT, _TOKENS, _FIRST, _RATE, ("pairs visited", _share("density")), _STATE),
-    "bench decode": (_MODE, _LAYOUT, _TOKENS, _DECODE, _STATE),
+    "bench prefill": (_MODE, _LAYOUT, _TOKENS, _FIRST, _RATE, ("pairs visited", _share("density")), _MEMORY, _STATE),
+    "bench decode": (_MODE, _LAYOUT, _TOKENS, _DECODE, _MEMORY, _STATE),
     "bench scaling": (
         ("kind", lambda row: str(row["kind"])), _MODE, _LAYOUT, _TOKENS,
         ("jobs", lambda row: str(row.get("jobs", ""))),

@@ -115,7 +115,9 @@ def test_lengths_and_contexts_are_measured(longreach: CommandLine, model: Path, 
     for row in prefill["rows"]:
         assert sum(chunk["length"] for chunk in row["chunks"]) == row["length"]
         assert all(chunk["measured_s"] > 0 and chunk["fitted_s"] >= 0 for chunk in row["chunks"])
+        assert min(row["memory"]["peak_bytes"], row["memory"]["planned_bytes"]) > 100 << 20  # a process with libraries
     decode = measured(longreach, tmp_path / "out", "decode", "--model", model, "--lengths", 300, "--set", modes, *QUICK)
     (row,) = decode["rows"]
     assert row["runs"][0]["cached_tokens"] > 0
     assert row["figures"]["decode_ms"]["median"] > 0
+    assert row["memory"]["peak_bytes"] > 100 << 20

@@ -35,6 +35,12 @@ def test_columns_without_content_are_left_out():
     assert rows == [["dense", "1 x 1", "4K", "2.10 (2.00 to 2.20)", "1,950"]]
 
 
+def test_memory_stands_beside_what_was_planned():
+    measured = row(2.0, memory={"peak_bytes": 3 << 29, "planned_bytes": 1 << 30})
+    header, rows = cells(report(measured))
+    assert dict(zip(header, rows[0], strict=True))["peak memory, GiB (planned)"] == "1.50 (1.00)"
+
+
 def test_disturbed_repeats_are_shown():
     some, every = row(9.0, 2.0, 2.0, disturbed=1), row(3.0, disturbed=1)
     header, rows = cells(report(some, every))
