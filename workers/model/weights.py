@@ -379,8 +379,8 @@ def _from_gguf(
 def _random(spec: ModelSpec, seed: int) -> _Fill:
     """Return what makes random tensors in blocks of rows with seeds of their own, so any region is made by itself."""
     plans = (plan for plans in _plan_all(spec, whole_model(spec)) for plan in plans.values())
-    # of whole tensors; a vector is one column
-    shapes = {one.name: (one.rows.size, (one.columns or Span(0, 1)).size) for plan in plans for one in plan.pieces}
+    pieces = (piece for plan in plans for piece in plan.pieces)  # whole tensors; a vector is one column
+    shapes = {one.name: (one.rows.size, (one.columns or Span(0, 1)).size) for one in pieces}
 
     def fill(target: torch.Tensor, piece: _Piece) -> None:
         if piece.name.endswith("norm.weight") or target.is_meta:  # which has a shape alone
@@ -388,8 +388,7 @@ def _random(spec: ModelSpec, seed: int) -> _Fill:
             return
         full_rows, full_columns = shapes[piece.name]
         rows, columns = piece.rows, piece.columns or Span(0, 1)
-        # of smaller embeddings rows soon grow alike, and routers send all to the same few experts
-        scale = 1.0 if piece.name == EMBEDDING else _DUMMY_SCALE
+        scale = 1.0 if piece.name == EMBEDDING else _DUMMY_SCALE  # with smaller ones, all rows go to the same experts
         for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
             digest = hashlib.sha256(f"{seed}:{piece.name}:{start}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
