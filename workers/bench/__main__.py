@@ -16,7 +16,7 @@ from workers.bench.builds.limits import CAPABILITIES, GENERATIONS
 from workers.bench.gpu import command as gpu_command
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
-from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
+from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model
 from workers.bench.quantized import OUTPUTS, run_experts_of_a_token, run_quantized
 from workers.bench.timing import Figure
 from workers.kernels.build import kernel_family
@@ -98,9 +98,15 @@ def parser() -> argparse.ArgumentParser:
     gpu_command.add_options(
         verbs.add_parser("gpu", help="check and time everything on a GPU, in calls of some minutes; see docs/gpu.md")
     )
-    make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
+    make = verbs.add_parser("make-checkpoint", help="write a model with random weights (the built-in one: 1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
+    make.add_argument(
+        "--shape", type=Path, metavar="DIR",
+        help="folder with the config.json of another model; its weights are written as fast as the disk is",
+    )  # fmt: skip
+    make.add_argument("--bits", type=int, choices=(4, 8), help="of the weights of --shape (default: bfloat16)")
+    make.add_argument("--group", type=count, default=128, help="inputs that share a scale (default: 128)")
     return root
 
 
@@ -142,8 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json and not options.json.parent.is_dir():
             raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
         if options.verb == "make-checkpoint":
-            size = write_checkpoint(options.out, layers=options.layers)
-            print(f"{options.out}: {size / 1e9:.2f} GB of weights")
+            print(f"{options.out}: {_make_checkpoint(options) / 1e9:.2f} GB of weights")
         elif options.verb == "compile":
             return _compile(options)
         elif options.verb == "gpu":
@@ -177,6 +182,24 @@ def _run(options: argparse.Namespace) -> None:
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
         facts = _facts(device) | ({"date": options.date} if options.date else {})
         write_result(options.json, {"what": options.verb, "config": config, "figures": figures}, **facts)
+
+
+def _make_checkpoint(options: argparse.Namespace) -> int:
+    from workers.bench.checkpoint import write_checkpoint, write_shape  # need safetensors
+
+    if options.shape is None:
+        if options.bits is not None:
+            raise ValueError("--bits: needs --shape DIR: the built-in model is in bfloat16")
+        return write_checkpoint(options.out, layers=options.layers)
+    from workers.quant.rewrite import Recipe
+
+    recipe = None if options.bits is None else Recipe(options.bits, options.group)
+
+    def show(done: int, total: int) -> None:
+        if done == total or done % 1000 == 0:
+            print(f"{done:,} of {total:,} tensors", file=sys.stderr, flush=True)
+
+    return write_shape(options.out, options.shape, recipe, on_progress=show)
 
 
 def _compile(options: argparse.Namespace) -> int:

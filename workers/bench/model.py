@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -13,17 +12,11 @@ import torch
 
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec, RopeSpec
-from protos.model.tensor_names import EMBEDDING
 from workers.bench.timing import Figure, median_figure
 from workers.eval.whole_model import SequenceFeed, WholeModel
 
 PAGE = 64  # tokens
 _WARM_UP = 256  # tokens
-_SAME_IN_CONFIG = (  # fields of the spec that have the same name in `config.json`
-    "model_type", "dtype", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-    "decoder_sparse_step", "mlp_only_layers", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -119,37 +112,3 @@ def run_model(
         if decode:
             times = [second * 1e3 for run in runs for second in run.decode_s]
             yield median_figure(f"decode at {length}", times, "ms a token")
-
-
-def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
-    """Write the built-in model as a Hugging Face checkpoint; returns the bytes of the weights.
-
-    They are random bfloat16 numbers, as those of `workers.model.weights.dummy_shard`.
-
-    Raises:
-        ValueError: the folder already holds a `config.json`.
-    """
-    from safetensors.torch import save_file
-
-    from protos.model.checkpoint import expected_tensors
-
-    if (folder / "config.json").exists():
-        raise ValueError(f"OUT: {folder}: already holds a config.json; name a new folder")
-    spec = benchmark_spec(layers)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in expected_tensors(spec).items():
-        if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
-        else:
-            scale = 1.0 if name == EMBEDDING else 0.02
-            tensors[name] = torch.randn(shape, generator=generator).mul_(scale).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {name: getattr(spec, name) for name in _SAME_IN_CONFIG} | {
-        "architectures": ["Qwen3MoeForCausalLM"], "hidden_act": "silu", "attention_bias": False,
-        "use_sliding_window": False, "rope_theta": spec.rope.theta,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())

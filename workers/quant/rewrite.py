@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -57,16 +57,11 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
         raise ValueError("--only: head: the output matrix of this model is its embedding, which stays: leave it out")
     checkpoint = Checkpoint.open(source, spec)
     shapes = expected_tensors(spec)
-    chosen = [name for name in shapes if kind_of(name) in recipe.kinds]
-    for name in chosen:
-        if shapes[name][1] % recipe.group:
-            inputs = shapes[name][1]
-            fits = math.gcd(*(shapes[other][1] for other in chosen))
-            raise ValueError(f"--group: {recipe.group}: {name} has {inputs} inputs: must divide them, such as {fits}")
+    chosen = check_groups(shapes, recipe)
     total = sum(math.prod(shape) for shape in shapes.values())
     errors: dict[tuple[int, str], list[float]] = {}
     done = 0
-    writer = _Writer(target)
+    writer = CheckpointWriter(target)
     with ExitStack() as stack:
         opened = cache(lambda file: stack.enter_context(safe_open(source / file, framework="pt")))
         for name, stored in _in_order(checkpoint, shapes):
@@ -95,6 +90,17 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
             for (layer, kind), (lost, whole) in sorted(errors.items())
         ],
     }  # fmt: skip
+
+
+def check_groups(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> list[str]:
+    """Return the matrices that a recipe quantises. Raises ValueError: its groups do not divide the inputs of one."""
+    chosen = [name for name in shapes if kind_of(name) in recipe.kinds]
+    for name in chosen:
+        if shapes[name][1] % recipe.group:
+            inputs = shapes[name][1]
+            fits = math.gcd(*(shapes[other][1] for other in chosen))
+            raise ValueError(f"--group: {recipe.group}: {name} has {inputs} inputs: must divide them, such as {fits}")
+    return chosen
 
 
 def kind_of(name: str) -> str:
@@ -147,7 +153,7 @@ def _read(opened: Callable[[str], Any], stored: StoredTensor, shape: tuple[int, 
     return matrix[stored.first_row : stored.first_row + shape[0]].contiguous()
 
 
-class _Writer:
+class CheckpointWriter:
     """Writes safetensors files of about 1 GiB and their index."""
 
     def __init__(self, folder: Path) -> None:

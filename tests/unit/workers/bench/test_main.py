@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from protos.model.checkpoint import Checkpoint
-from protos.model.config_json import load_model_spec
 from tests.support.paths import ROOT
 from workers.bench.__main__ import length, main, parser
-from workers.bench.model import OneProcess, benchmark_spec, write_checkpoint
+from workers.bench.checkpoint import write_checkpoint
 from workers.bench.timing import measure, median_figure
 
 _BARE = ["ray", "grpc", "google.protobuf", "safetensors", "pydantic", "psutil", "transformers", "tokenizers", "yaml"]
@@ -101,21 +99,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     if not torch.cuda.is_available():
         assert main(["--device", "cuda", "kernels"]) == 2
         assert "torch finds no GPU" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_written_checkpoint_is_the_benchmark_model(tmp_path: Path) -> None:
-    size = write_checkpoint(tmp_path / "model", layers=1)
-    stored = (tmp_path / "model" / "model.safetensors").stat().st_size
-    assert size < stored < size + 100_000  # the header
-    spec = load_model_spec(tmp_path / "model")
-    assert spec == benchmark_spec(layers=1)
-    Checkpoint.open(tmp_path / "model", spec)
-    with pytest.raises(ValueError, match="already holds a"):
-        write_checkpoint(tmp_path / "model", layers=1)
-    runs = [OneProcess(tmp_path / "model", torch.bfloat16, torch.device("cpu"), 64, chunk) for chunk in (7, 64)]
-    timings = [run.run(run.prompt(33), 2) for run in runs]
-    assert all(timing.prefill_s > 0 and len(timing.decode_s) == 2 for timing in timings)
 
 
 def test_medians() -> None:
