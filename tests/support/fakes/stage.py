@@ -76,7 +76,8 @@ class FakeShard(FakeKvShard):
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         self.lose = on_lost
-        threading.Thread(target=self._run, args=(on_results,), daemon=True).start()
+        self._queue = queue.SimpleQueue()  # of its own: the thread of an earlier connection may still wait at the other
+        threading.Thread(target=self._run, args=(on_results, self._queue), daemon=True).start()
 
     def send(self, plans: Sequence[StepPlan]) -> None:
         self.plans.extend(plans)
@@ -106,9 +107,11 @@ class FakeShard(FakeKvShard):
     def let(self, steps: int) -> None:
         self._gate.release(steps)
 
-    def _run(self, on_results: Callable[[Sequence[StepResult]], None]) -> None:
+    def _run(
+        self, on_results: Callable[[Sequence[StepResult]], None], plans: queue.SimpleQueue[StepPlan | None]
+    ) -> None:
         results: list[StepResult] = []
-        while (plan := self._queue.get()) is not None:
+        while (plan := plans.get()) is not None:
             self._gate.acquire()
             if self.deadly(plan):
                 self.lose(f"{self.name} is gone")
@@ -133,7 +136,7 @@ class FakeShard(FakeKvShard):
             estimate_us = 100_000 if cells else 0
             took_us = round(self.step_s * 1e6)
             results.append(StepResult(plan.step, *where, took_us, samples, error, cells, estimate_us, targets))
-            if len(results) >= self.group or self._queue.empty():
+            if len(results) >= self.group or plans.empty():
                 on_results(results)
                 results = []
 
