@@ -123,8 +123,29 @@ def follow(
 
 
 async def submit(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> Followed:
-    """Return the job of a request, which ends with the request. Args and errors: as of `store`."""
-    return follow(backend, request, await store(backend, request, make_spec), ends_job=True)
+    """Return the job of a request, which ends with the request. Args and errors: as of `store`.
+
+    A client that goes while the job is being stored ends it too.
+    """
+    call = call_of(request)
+    storing = backend.calls.submit(lambda: call.service.submit(make_spec()))
+    try:
+        record = await asyncio.wrap_future(storing)
+    except asyncio.CancelledError:
+        storing.add_done_callback(partial(_end_unseen, backend))
+        raise
+    return follow(backend, request, record, ends_job=True)
+
+
+def _end_unseen(backend: Backend, storing: Future[JobRecord]) -> None:
+    """End a job that was stored for a client who had gone; a submission that was given up or failed has none."""
+    if storing.cancelled() or storing.exception() is not None:
+        return
+    job_id = storing.result().id
+    try:
+        backend.service.cancel(job_id)
+    except JobError as error:
+        _log.warning("job %s: cannot be left: %s", job_id, one_line(error))
 
 
 async def submit_all(backend: Backend, request: Request, make_specs: Callable[[], Sequence[JobSpec]]) -> list[Followed]:

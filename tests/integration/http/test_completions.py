@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,31 @@ def test_who_leaves_cancels_all(bench: Bench, backend: Backend, monkeypatch: pyt
 
     asyncio.run(run())
     eventually(lambda: {job.state for job in bench.service.jobs([], {}, 10, "")[0]} == {JobState.CANCELLED})
+
+
+def test_who_leaves_while_a_job_is_stored_ends_it(
+    bench: Bench, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that stores it goes on when its request is gone."""
+    monkeypatch.setattr(FakeRuntime, "holds", True)
+    bench.runtime.shard.hold()
+    stored, left = threading.Event(), threading.Event()
+    submit = type(bench.service).submit
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        record = submit(*args, **kwargs)
+        stored.set()
+        assert left.wait(20)
+        return record
+
+    monkeypatch.setattr(type(bench.service), "submit", slow)
+
+    async def run() -> None:
+        task = asyncio.create_task(post(backend, stream=True))
+        await asyncio.to_thread(stored.wait, 20)
+        task.cancel()
+        await asyncio.wait({task})
+        left.set()
+
+    asyncio.run(run())
+    eventually(lambda: [job.state for job in bench.service.jobs([], {}, 10, "")[0]] == [JobState.CANCELLED])
