@@ -100,13 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     make = verbs.add_parser("make-checkpoint", help="write a model with random weights (the built-in one: 1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
+    make.add_argument("--layers", type=count, help="decoder layers of the built-in model (default: 8)")
     make.add_argument(
         "--shape", type=Path, metavar="DIR",
         help="folder with the config.json of another model; its weights are written as fast as the disk is",
     )  # fmt: skip
     make.add_argument("--bits", type=int, choices=(4, 8), help="of the weights of --shape (default: bfloat16)")
-    make.add_argument("--group", type=count, default=128, help="inputs that share a scale (default: 128)")
+    make.add_argument("--group", type=count, help="inputs that share a scale, with --bits (default: 128)")
     return root
 
 
@@ -187,13 +187,17 @@ def _run(options: argparse.Namespace) -> None:
 def _make_checkpoint(options: argparse.Namespace) -> int:
     from workers.bench.checkpoint import write_checkpoint, write_shape  # need safetensors
 
+    if options.bits is None and options.group is not None:
+        raise ValueError("--group: needs --bits 4 or 8: weights in bfloat16 have no scales")
     if options.shape is None:
         if options.bits is not None:
             raise ValueError("--bits: needs --shape DIR: the built-in model is in bfloat16")
-        return write_checkpoint(options.out, layers=options.layers)
+        return write_checkpoint(options.out, layers=options.layers or 8)
+    if options.layers is not None:
+        raise ValueError("--layers: is for the built-in model: the layers of --shape are those of its config.json")
     from workers.quant.rewrite import Recipe
 
-    recipe = None if options.bits is None else Recipe(options.bits, options.group)
+    recipe = None if options.bits is None else Recipe(options.bits, options.group or 128)
 
     def show(done: int, total: int) -> None:
         if done == total or done % 1000 == 0:

@@ -109,8 +109,13 @@ async def store(backend: Backend, request: Request, make_spec: Callable[[], JobS
     Args:
         make_spec: called in a thread.
     """
-    call = call_of(request)
-    return await backend.call(lambda: call.service.submit(make_spec()))
+    return await asyncio.wrap_future(_storing(backend, request, make_spec))
+
+
+def _storing(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> Future[JobRecord]:
+    """Have a thread store the job of a request."""
+    service = call_of(request).service
+    return backend.calls.submit(lambda: service.submit(make_spec()))
 
 
 def follow(
@@ -127,8 +132,7 @@ async def submit(backend: Backend, request: Request, make_spec: Callable[[], Job
 
     A client that goes while the job is being stored ends it too.
     """
-    call = call_of(request)
-    storing = backend.calls.submit(lambda: call.service.submit(make_spec()))
+    storing = _storing(backend, request, make_spec)
     try:
         record = await asyncio.wrap_future(storing)
     except asyncio.CancelledError:

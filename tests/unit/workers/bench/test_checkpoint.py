@@ -78,6 +78,10 @@ def test_what_cannot_be_written_leaves_nothing(shape: Path, tmp_path: Path, caps
     assert "--group: 48: model.layers.0." in capsys.readouterr().err
     assert main(["make-checkpoint", str(out), "--bits", "4"]) == 2
     assert capsys.readouterr().err == "error: --bits: needs --shape DIR: the built-in model is in bfloat16\n"
+    refused = (["--layers", "2"], "--layers: is for the built-in"), (["--group", "16"], "--group: needs --bits")
+    for more, key in refused:
+        assert main([*command, *more]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {key}")
     assert main(["make-checkpoint", str(out), "--shape", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not out.exists()
