@@ -126,7 +126,7 @@ class ExpertsCall(ctypes.Structure):
 class NormCall(ctypes.Structure):
     """`gemm::NormCall`."""
 
-    _fields_ = _fields("void* x weight out", "int64 tokens stride size", "float eps", "int32 path threads")
+    _fields_ = _fields("void* x weight out delta", "int64 tokens stride size", "float eps", "int32 path threads")
 
 
 class RotateCall(ctypes.Structure):

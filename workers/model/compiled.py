@@ -170,10 +170,15 @@ def supports_rms_norm(x: torch.Tensor) -> bool:
     return _is_supported(x) and x.dim() == 2 and x.shape[1] % STRIP == 0 and x.stride(1) == 1
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute `layers.rms_norm` for `[T, M]` and `[M]` in bfloat16."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, delta: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute `layers.rms_norm` for `[T, M]` and `[M]` in bfloat16.
+
+    Args:
+        delta: `[T, M]`, contiguous; it becomes `x + delta`, and that is normed.
+    """
+    assert delta is None or (delta.is_contiguous() and delta.shape == x.shape and delta.dtype == x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype)
-    _run("longreach_rms_norm", abi.NormCall, (x, weight, out), x.shape[0], x.stride(0), x.shape[1], eps)
+    _run("longreach_rms_norm", abi.NormCall, (x, weight, out, delta), x.shape[0], x.stride(0), x.shape[1], eps)
     return out
 
 

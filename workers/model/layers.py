@@ -40,6 +40,8 @@ def add_rms_norm(
     """Return `x + delta` and its `rms_norm`, `[T, M]` each; `delta` may be overwritten, and is 0 where it is None."""
     if calls.supports(x.device):
         return calls.add_rms_norm(x, delta, weight, eps)
+    if delta is not None and delta.is_contiguous() and compiled.supports_rms_norm(x):
+        return delta, compiled.rms_norm(x, weight, eps, delta)  # one pass: a row's sum is normed while it is cached
     total = x if delta is None else delta.add_(x)
     return total, rms_norm(total, weight, eps)
 

@@ -24,6 +24,7 @@ struct LinearCall {
 struct NormCall {
     const bf16 *x, *weight;  // [T, M], [M]; M is a multiple of 16
     bf16* out;               // [T, M]
+    bf16* delta;             // [T, M], contiguous: becomes x + delta, which is normed instead of x; or null
     std::int64_t tokens, stride, size;
     float eps;
     std::int32_t path, threads;

@@ -23,6 +23,11 @@ template <typename At> INLINE float inverse_rms(long n, float eps, const At& at)
 INLINE void norm_row(const NormCall& call, long token) {
     const bf16* x = call.x + token * call.stride;
     bf16* out = call.out + token * call.size;
+    if (call.delta != nullptr) {
+        bf16* total = call.delta + token * call.size;
+        for (long i = 0; i < call.size; ++i) total[i] = narrow(widen(x[i]) + widen(total[i]));
+        x = total;
+    }
     const float factor = inverse_rms(call.size, call.eps, [&](long i) { return widen(x[i]); });
     for (long i = 0; i < call.size; ++i) out[i] = narrow(widen(x[i]) * factor * widen(call.weight[i]));
 }
@@ -84,7 +89,7 @@ template <auto function, typename Call> int every_token(const Call& call, long v
 
 }  // namespace
 
-// out = x / rms(x) * weight, row by row.
+// out = x / rms(x) * weight, row by row; of x + delta where there is one.
 EXPORT int longreach_rms_norm(const NormCall* call) { return every_token<norm_row>(*call, call->tokens * call->size); }
 
 // Norm of every head (where there is a weight), then rotation of its two halves.

@@ -20,7 +20,7 @@ int linear(const Step& step, const bf16* x, const Weights& weight, const bf16* b
 
 void norm(const Step& step, const Layer& layer, const bf16* weight) {
     const long m = layer.hidden_size;
-    const NormCall call{step.x, weight, step.normed, step.tokens, m, m, layer.eps, step.path, step.threads};
+    const NormCall call{step.x, weight, step.normed, nullptr, step.tokens, m, m, layer.eps, step.path, step.threads};
     longreach_rms_norm(&call);
 }
 

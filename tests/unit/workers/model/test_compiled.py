@@ -9,7 +9,7 @@ from tests.support.data import packing
 from workers.kernels.abi import Path
 from workers.kernels.build import load, paths
 from workers.model import compiled, moe, rope
-from workers.model.layers import inverse_rms, linear, rms_norm
+from workers.model.layers import add_rms_norm, inverse_rms, linear, rms_norm
 from workers.model.moe import route, run_experts
 
 EXPERTS, TOP_K = 8, 3
@@ -159,6 +159,19 @@ def test_rms_norm(tokens: int, hidden: int):
     wanted = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
     torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), wanted, atol=1e-9, rtol=1 / 255)
     assert torch.equal(rms_norm(x[-1:], weight, 1e-6)[0], rms_norm(x, weight, 1e-6)[-1])
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("hidden", [16, 272])
+@pytest.mark.parametrize("strided", [False, True])
+def test_rms_norm_of_a_sum(tokens: int, hidden: int, strided: bool):
+    x, weight = random(tokens, hidden + 3, scale=4.0)[:, :hidden], random(hidden)
+    delta = random(tokens, 2 * hidden)[:, ::2] if strided else random(tokens, hidden)
+    kept, wanted = x.clone(), x + delta
+    total, normed = add_rms_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, wanted)
+    assert torch.equal(normed, rms_norm(wanted, weight, 1e-6))
+    assert torch.equal(x, kept)
 
 
 @pytest.mark.parametrize("tokens", SIZES)
