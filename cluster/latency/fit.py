@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ _SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a st
 # A short step is late if it takes more than `_LATE` times what is expected, once `_KNOWN` steps of its kind were seen.
 # Bursts of some ten late steps pass. Where half of the steps are late, the machine has become slower.
 _LATE, _KNOWN, _LONGEST = 2.0, 50, 0.5  # seconds; a longer step is none of a burst
+# Of the first `_KNOWN` steps one counts in full while it differs from what is expected by at most this share, or half
+# of what others do; less beyond (Huber's weights): one late step would move the end of a long prefill by a tenth.
+_NEAR, _USUAL_SHARE = 0.05, 0.5
 _FEW = 3  # late steps in a row that count; of more the first
 _RECENT, _MOST = 30, 16  # steps, and late ones among them that are more than a burst
 _CHANGED = 0.02  # weight of the past then: about one step, which still tells of other steps
@@ -35,6 +39,11 @@ class _Step(NamedTuple):
     seconds: float
     expected: float
     is_late: bool
+
+
+def _difference(step: _Step) -> float:
+    """Return by which share of the expected time a step differs from it."""
+    return abs(step.seconds - step.expected) / max(step.expected, 1e-9)
 
 
 class Sums:
@@ -81,6 +90,9 @@ class Sums:
         """
         x, seconds, expected, _ = step
         weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
+        if self.steps <= _KNOWN and self._recent:
+            near = max(_NEAR, _USUAL_SHARE * median(map(_difference, self._recent)))
+            weight *= min(1.0, near / max(_difference(step), near))
         self.gram = [
             [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
             for row, a in zip(self.gram, x, strict=True)

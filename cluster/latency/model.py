@@ -97,12 +97,16 @@ class LatencyModel:
 
     def counts(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> StepCounts:
         """Return the counts of a plan; sparse slices without reports are estimated."""
+        visited = [self._visited(part, reports) for part in plan.slices]
+        contexts = [part.start + part.length for part in plan.slices]
+        is_sparse = [self._is_sparse(part) for part in plan.slices]
+        read = zip(plan.slices, contexts, visited, is_sparse, strict=True)
         return StepCounts(
             plan.num_tokens,
             sum(part.sample is not None for part in plan.slices),
-            sum(part.start + part.length for part in plan.slices),
-            sum(self._visited(part, reports) for part in plan.slices),
-            sum(part.start + part.length for part in plan.slices if self._is_sparse(part)),
+            sum(pairs / part.length if sparse else context for part, context, pairs, sparse in read),
+            sum(visited),
+            sum(context for context, sparse in zip(contexts, is_sparse, strict=True) if sparse),
         )
 
     @property
@@ -183,7 +187,8 @@ def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> S
     lengths = stops - starts
     contexts = starts + (lengths + 1) / 2
     visited = lengths * np.where(sparse > 0, keys(contexts), contexts)
-    return StepCounts(lengths, np.zeros_like(starts), stops, visited, sparse * stops)
+    read = np.where(sparse > 0, visited / lengths, stops)
+    return StepCounts(lengths, np.zeros_like(starts), read, visited, sparse * stops)
 
 
 def counts_of(spec: ModelSpec, steps: Sequence[Chunk], keys: Callable[[Floats], Floats] | None) -> StepCounts:

@@ -28,9 +28,9 @@ class StepCounts(NamedTuple):
 
     tokens: float | Floats  # rows that are computed
     samples: float | Floats  # rows of which the output head is computed
-    contexts: float | Floats  # tokens of KV that are read: the contexts of all slices together
+    contexts: float | Floats  # tokens of KV that are read: contexts of all slices, of sparse ones what a row visits
     pairs: float | Floats  # query-key pairs that are visited
-    cells: float | Floats  # contexts of slices whose keys are selected
+    cells: float | Floats  # contexts of sparse slices: their keys are selected
 
 
 class Work(ABC):
@@ -65,8 +65,8 @@ class ShardWork(Work):
     - weight_bytes: read at least once; of the experts those that `T` rows choose, `E (1 - (1 - k/E)^T)`, as if they
       chose evenly;
     - flops: of products with weights, two a parameter and row, the output head only for rows that are sampled;
-    - kv_bytes: of the contexts; attention_flops: `4 D` a pair and query head;
-    - estimate_flops: of sparse cells, two passes of `last_q` rows over the context;
+    - kv_bytes: of the tokens that are read; attention_flops: `4 D` a pair and query head;
+    - estimate_flops: of sparse cells, two passes of `last_q` rows over the context, whose keys are read for that;
     - reduced_bytes: two all-reduces a layer, each of which moves `2 (R - 1) / R` of the hidden states.
     """
 
