@@ -21,8 +21,9 @@ _SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a st
 # Bursts of some ten late steps pass. Where half of the steps are late, the machine has become slower.
 _LATE, _KNOWN, _LONGEST = 2.0, 50, 0.5  # seconds; a longer step is none of a burst
 # Of the first `_KNOWN` steps one counts in full while it differs from what is expected by at most this share, or half
-# of what others do; less beyond (Huber's weights): one late step would move the end of a long prefill by a tenth.
-_NEAR, _USUAL_SHARE = 0.05, 0.5
+# of what others do; less beyond (Huber's weights): one late step would move the end of a long prefill by a tenth. Not
+# after a step that is `_FAR` times as far off, as where the machine has become slower, nor before some steps are seen.
+_NEAR, _USUAL_SHARE, _FAR, _SOME = 0.05, 0.5, 3.0, 2
 _FEW = 3  # late steps in a row that count; of more the first
 _RECENT, _MOST = 30, 16  # steps, and late ones among them that are more than a burst
 _CHANGED = 0.02  # weight of the past then: about one step, which still tells of other steps
@@ -90,9 +91,10 @@ class Sums:
         """
         x, seconds, expected, _ = step
         weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
-        if self.steps <= _KNOWN and self._recent:
+        if self.steps <= _KNOWN and len(self._recent) > _SOME:
             near = max(_NEAR, _USUAL_SHARE * median(map(_difference, self._recent)))
-            weight *= min(1.0, near / max(_difference(step), near))
+            if _difference(self._recent[-2]) < _FAR * near:
+                weight *= min(1.0, near / max(_difference(step), near))
         self.gram = [
             [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
             for row, a in zip(self.gram, x, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -129,3 +130,34 @@ def test_sums_of_two_runs() -> None:
 def test_what_are_no_sums_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match="it has"):
         Sums.from_json(bad)
+
+
+def learn(factors: Sequence[float]) -> Costs:
+    """Return what chunks of a prefill teach that take so many times their true seconds, each as expected till then."""
+    part, costs = Sums(), USUAL
+    for number, factor in enumerate(factors):
+        units = chunk(2048 * number)
+        took = factor * seconds(units, TRUTH)
+        part.add(units, took, seconds(units, costs) if number else took)
+        costs = fit((part,), USUAL)
+    return costs
+
+
+def test_one_late_step_among_the_first_moves_little() -> None:
+    """The rest of a long prompt; counted in full, it would move that by 23 %."""
+    rest = [chunk(2048 * number) for number in range(13, 128)]
+    quiet, late = (learn([1.0] * 11 + [factor, 1.0]) for factor in (1.0, 1.3))
+    assert sum(seconds(units, late) for units in rest) == pytest.approx(
+        sum(seconds(units, quiet) for units in rest), rel=0.1
+    )
+
+
+def test_a_machine_that_becomes_slower_among_the_first_steps_is_learned() -> None:
+    costs = learn([1.0] * 20 + [3.0] * 15)
+    assert seconds(chunk(2048 * 35), costs) == pytest.approx(3 * seconds(chunk(2048 * 35), TRUTH), rel=0.1)
+
+
+@pytest.mark.parametrize("first", [0.2, 5.0, 100.0])
+def test_a_first_step_unlike_the_others_is_no_anchor(first: float) -> None:
+    costs = learn([first] + [1.0] * 12)
+    assert seconds(chunk(2048 * 13), costs) == pytest.approx(seconds(chunk(2048 * 13), TRUTH), rel=0.1)

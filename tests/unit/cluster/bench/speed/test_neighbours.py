@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from cluster.bench.__main__ import main
 from cluster.bench.speed.neighbours import KINDS, Kind, Neighbour, measure_neighbours, neighbours
+from tests.support.fakes.stage import eventually
 
 
 def started() -> list[psutil.Process]:
@@ -62,6 +63,7 @@ def test_a_command_ends_with_its_children(tmp_path: Path) -> None:
     script.write_text("import subprocess\nsubprocess.run(['sleep', '600'])  # while True")
     with neighbours(1, Neighbour(command=f"{sys.executable} {script}  'while True'", settle_s=0.5)):
         (server,) = started()
+        eventually(lambda: bool(server.children()))
         (child,) = server.children()
     assert not started()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "nobody may have waited for it yet"
