@@ -50,11 +50,16 @@ def _difference(step: _Step) -> float:
 class Sums:
     """Weighted sums of products of features, forgetting, and the number of steps behind them."""
 
-    def __init__(self, size: int = len(UNITS)) -> None:
-        """Args: `size` is the number of features."""
+    def __init__(self, size: int = len(UNITS), is_even: bool = False) -> None:
+        """
+        Args:
+            size: the number of features.
+            is_even: first steps count in full, however far off: of several stages in turn.
+        """
         self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
         self.moment = [0.0] * size
         self.steps = 0
+        self._is_even = is_even
         self._recent: deque[_Step] = deque(maxlen=_RECENT)
         self._run = 0  # late steps in a row, up to the last one: they do not count yet
 
@@ -91,7 +96,7 @@ class Sums:
         """
         x, seconds, expected, _ = step
         weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
-        if self.steps <= _KNOWN and len(self._recent) > _SOME:
+        if self.steps <= _KNOWN and len(self._recent) > _SOME and not self._is_even:
             near = max(_NEAR, _USUAL_SHARE * median(map(_difference, self._recent)))
             if _difference(self._recent[-2]) < _FAR * near:
                 weight *= min(1.0, near / max(_difference(step), near))
@@ -100,6 +105,17 @@ class Sums:
             for row, a in zip(self.gram, x, strict=True)
         ]
         self.moment = [_FORGET * old + weight * a * seconds for old, a in zip(self.moment, x, strict=True)]
+
+    def level(self, costs: Costs) -> float:
+        """Return measured over fitted seconds of the first steps, of which late ones count less in `costs`; then 1.
+
+        So late chunks here and there tell how long a prefill takes, and not how its steps grow with the context.
+        """
+        counted = list(self._recent)[max(0, _SOME + len(self._recent) - self.steps) :]
+        if self.steps > _KNOWN or self._is_even or not counted:
+            return 1.0
+        fitted = sum(sum(x * cost for x, cost in zip(step.x, costs, strict=True)) for step in counted)
+        return sum(step.seconds for step in counted) / fitted if fitted > 0 else 1.0
 
     def absorb(self, other: Sums) -> None:
         """Add the steps of another run."""
@@ -111,11 +127,11 @@ class Sums:
         return {"gram": self.gram, "moment": self.moment, "steps": self.steps}
 
     @classmethod
-    def from_json(cls, value: object, size: int = len(UNITS)) -> Sums:
-        """Return the sums that `to_json` has written. Raises ValueError."""
+    def from_json(cls, value: object, size: int = len(UNITS), is_even: bool = False) -> Sums:
+        """Return the sums that `to_json` has written; others as of the class. Raises ValueError."""
         if not isinstance(value, Mapping) or not isinstance(value.get("steps"), int) or value["steps"] < 0:
             raise ValueError("it has no sums")
-        sums = cls(size)
+        sums = cls(size, is_even)
         sums.gram, sums.steps = numbers(value.get("gram"), (size, size)).tolist(), value["steps"]
         sums.moment = numbers(value.get("moment"), (size,)).tolist()
         return sums

@@ -17,7 +17,7 @@ from cluster.common.text_format import one_line
 from cluster.latency.model import LatencyModel
 
 FOLDER = "latency"
-_SCHEMA = 1
+_SCHEMA = 2
 _SAVE_EVERY_S = 60.0
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 1000  # that a search reads

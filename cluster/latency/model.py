@@ -129,8 +129,9 @@ class LatencyModel:
             return None
         if not chunks:
             return 0.0
-        seconds = self._prefill_work.seconds(chunk_counts(chunks, self.keys), self.coefficients)
-        return float(np.sum(seconds))
+        costs = self.coefficients
+        seconds = self._prefill_work.seconds(chunk_counts(chunks, self.keys), costs)
+        return float(np.sum(seconds)) * self._prefill.level(costs)
 
     def keys(self, contexts: Floats) -> Floats:
         """Return the keys that rows of sparse cells visit, by their mean context; all of them before the first cell."""

@@ -43,7 +43,7 @@ class StageTimes:
         self._works = dense, experts
         self._layers = layers
         self._usual = usual
-        self._sums = Sums(len(PARTS))
+        self._sums = Sums(len(PARTS), is_even=True)
         self._scales: Costs | None = None
 
     @property
@@ -79,4 +79,4 @@ class StageTimes:
 
     def restore(self, learned: object) -> None:
         """Begin with what another run has learned, with any split. Raises ValueError."""
-        self._sums, self._scales = Sums.from_json(learned, len(PARTS)), None
+        self._sums, self._scales = Sums.from_json(learned, len(PARTS), is_even=True), None

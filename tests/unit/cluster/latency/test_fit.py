@@ -161,3 +161,19 @@ def test_a_machine_that_becomes_slower_among_the_first_steps_is_learned() -> Non
 def test_a_first_step_unlike_the_others_is_no_anchor(first: float) -> None:
     costs = learn([first] + [1.0] * 12)
     assert seconds(chunk(2048 * 13), costs) == pytest.approx(seconds(chunk(2048 * 13), TRUTH), rel=0.1)
+
+
+def test_first_steps_that_count_less_count_in_the_level() -> None:
+    part, costs = Sums(), USUAL
+    for number in range(16):
+        truth = seconds(chunk(2048 * number), TRUTH)
+        expected = seconds(chunk(2048 * number), costs) if number else truth
+        part.add(chunk(2048 * number), truth * (2.0 if number % 4 == 3 else 1.0), expected)
+        costs = fit((part,), USUAL)
+    counted = range(2, 16)  # without the very first, which may have to warm up
+    took = sum(seconds(chunk(2048 * number), TRUTH) * (2.0 if number % 4 == 3 else 1.0) for number in counted)
+    fitted = sum(seconds(chunk(2048 * number), costs) for number in counted)
+    assert part.level(costs) == pytest.approx(took / fitted)
+    assert 1.05 < part.level(costs) < 1.3
+    assert Sums().level(USUAL) == 1.0
+    assert sums(*map(chunk, range(0, 2048 * 60, 2048))).level(USUAL) == 1.0, "known by then"

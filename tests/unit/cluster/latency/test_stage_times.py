@@ -69,6 +69,21 @@ def test_times_that_scatter() -> None:
     assert learn([(4, 0), (0, 8)], truth, noise=0.15, steps=200).scales == pytest.approx(truth, rel=0.2)
 
 
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_one_stage_that_becomes_slower_is_learned_at_once(is_restored: bool) -> None:
+    """Its steps take turns with those of the other stage, and are no late ones among them."""
+    times = StageTimes(DENSE, EXPERTS, [(4, 0), (0, 8)], USUAL)
+    for step in range(33):
+        if step == 8 and is_restored:
+            saved, times = times, StageTimes(DENSE, EXPERTS, [(4, 0), (0, 8)], USUAL)
+            times.restore(saved.to_json())
+        given = counts(step % 16 * 2048, 2048)
+        (dense, attention), (experts, _) = (layer_parts(work, given, USUAL) for work in (DENSE, EXPERTS))
+        slower = 2.0 if step >= 8 else 1.0
+        times.observe(given, {0: 4 * float(dense + attention), 1: 8 * slower * float(experts + attention)})
+    assert times.scales[1] > 1.8
+
+
 def test_stages_alike_keep_the_usual_proportions() -> None:
     dense, experts, _ = learn([(2, 4), (2, 4)], (3.0, 3.0, 3.0)).scales
     assert dense == pytest.approx(experts, rel=0.05)
