@@ -54,6 +54,8 @@ def quantize(options: QuantizeOptions, on_progress: Callable[[str, int, int], No
     target = options.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"OUT: {target}: is there already: name a new folder")
+    if target.is_symlink() or target.is_mount():  # neither can be replaced by the whole copy
+        raise UserError(f"OUT: {target}: is a link or a mounted disk: name a new folder, such as {target / 'model'}")
     if not target.absolute().parent.is_dir():
         raise UserError(f"OUT: {target}: its parent folder does not exist: create it first")
     before = _weight_bytes(source)
@@ -89,6 +91,12 @@ def _source(options: QuantizeOptions) -> tuple[Path, ModelSpec]:
         raise UserError(
             f"IN: {source}: is quantised already ({spec.quant.format}): use the checkpoint it was made from"
         )
+    dense = sum(not spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+    has = {"mlp": dense > 0, "experts": dense < spec.num_hidden_layers}
+    own = [kind for kind in KINDS if has.get(kind, True)]
+    if not any(kind in own for kind in options.kinds):
+        wanted = ",".join(options.kinds)
+        raise UserError(f"--only: {wanted!r}: nothing of that is in this model: must be some of {', '.join(own)}")
     return source, spec
 
 

@@ -59,6 +59,11 @@ def test_nothing_stays_of_a_copy_that_failed(
         ({"source": Path("model.gguf")}, "IN: model.gguf: a GGUF file: must be a folder of safetensors"),
         ({"target": Path("nowhere/out")}, "OUT: nowhere/out: its parent folder does not exist: create it first"),
         ({"target": needle_dir()}, "is there already: name a new folder"),
+        (
+            {"kinds": ("mlp",)},
+            "--only: 'mlp': nothing of that is in this model: must be some of attention, experts, head",
+        ),
+        ({"kinds": ()}, "--only: '': nothing of that is in this model: must be some of attention, experts, head"),
     ],
 )
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str) -> None:
@@ -84,3 +89,14 @@ def test_a_full_disk_is_named_before(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"OUT: .* are free on its disk: at least"):
         quantize(QuantizeOptions(needle_dir(), tmp_path / "out", 4), _silent)
+
+
+def test_what_cannot_be_replaced_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a link to an empty folder nor an empty mounted disk, whose contents would be elsewhere."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+    for name in ("link", "empty"):
+        with pytest.raises(UserError, match=f"OUT: .*{name}: is a link or a mounted disk: name a new folder, such as"):
+            quantize(QuantizeOptions(needle_dir(), tmp_path / name, 4), _silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
