@@ -51,7 +51,8 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
 
     Raises:
         CheckpointError: the source cannot be read.
-        ValueError: the groups do not divide the inputs of a matrix, or there is no head; nothing was written.
+        ValueError: the groups do not divide the inputs of a matrix, or there is no head; nothing was written. Or a
+            tensor has values that are not finite.
     """
     if "head" in recipe.kinds and spec.tie_word_embeddings:
         raise ValueError("--only: head: the output matrix of this model is its embedding, which stays: leave it out")
@@ -66,6 +67,8 @@ def rewrite(source: Path, target: Path, spec: ModelSpec, recipe: Recipe, on_prog
         opened = cache(lambda file: stack.enter_context(safe_open(source / file, framework="pt")))
         for name, stored in _in_order(checkpoint, shapes):
             tensor = _read(opened, stored, shapes[name])
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"IN: {name}: has NaN or infinite values: the checkpoint is damaged")
             if kind_of(name) in recipe.kinds:
                 found = quantize_matrix(tensor, recipe.bits, recipe.group)
                 for part, value in found.packed(recipe.bits).items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from protos.model.checkpoint import Checkpoint
 from protos.model.config_json import load_model_spec
@@ -47,6 +47,19 @@ def test_the_loader_reads_what_was_written(tmp_path: Path, family: str, bits: in
         assert 0 < lost < (0.15 if bits == 4 else 0.01) * float(plain(one.o_weight, torch.float32).norm())
     assert torch.equal(before.embed, after.embed)
     assert all(0 < error["relative_error"] < (0.15 if bits == 4 else 0.01) for error in report["errors"])
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    source, target = make_checkpoint(tmp_path / "source", "qwen3_moe"), tmp_path / "target"
+    target.mkdir()
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"IN: {name}: has NaN or infinite values: the checkpoint is damaged"):
+        rewrite(source, target, load_model_spec(source), Recipe(4, 16), lambda *_: None)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
